@@ -1,0 +1,4 @@
+//! vhostd.
+#![forbid(unsafe_code)]
+
+fn main() {}
