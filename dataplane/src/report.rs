@@ -1,0 +1,141 @@
+//! What the dataplane tells: states, counters, events. Data only, taken without stopping a worker.
+
+use vhost_user::SessionStatus;
+
+use crate::drops::DropReason;
+
+/// A port's number, unique for the life of the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PortId(pub u32);
+
+/// Something changed.
+#[derive(Clone, Debug)]
+pub struct Event {
+    /// The port.
+    pub port: PortId,
+    /// Its name.
+    pub name: String,
+    /// What happened.
+    pub kind: EventKind,
+}
+
+/// What happened to a port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EventKind {
+    /// A front end connected.
+    Connected,
+    /// The front end is gone.
+    Disconnected,
+    /// At least one RX and one TX ring run and are enabled.
+    Linked,
+    /// Not any more.
+    Unlinked,
+    /// A ring was stopped because of its content.
+    RingBroken {
+        /// Vring index.
+        ring: u16,
+        /// What was wrong.
+        reason: String,
+    },
+    /// The front end announced the guest's address.
+    Announced([u8; 6]),
+}
+
+/// Frames and bytes of a port or of one ring, in the switch's view: rx came from the port, tx went to it.
+#[derive(Clone, Debug, Default)]
+pub struct Counters {
+    /// Frames taken from the port.
+    pub rx_frames: u64,
+    /// Their bytes, without vnet header.
+    pub rx_bytes: u64,
+    /// Frames delivered to the port.
+    pub tx_frames: u64,
+    /// Their bytes.
+    pub tx_bytes: u64,
+    /// Of rx + tx: frames that carried a segmentation request (GSO).
+    pub gso_frames: u64,
+    /// Frames given up at this port, by reason; reasons that never happened are left out.
+    pub drops: Vec<(DropReason, u64)>,
+}
+
+/// One vring (or TAP queue) of a port.
+#[derive(Clone, Debug)]
+pub struct RingReport {
+    /// Vring index: 2n receive, 2n+1 transmit in the guest's view. For a TAP: queue number.
+    pub index: u16,
+    /// Running and not broken.
+    pub started: bool,
+    /// Enabled by the front end.
+    pub enabled: bool,
+    /// Why it was stopped, if it broke.
+    pub broken: Option<String>,
+    /// Descriptors.
+    pub size: u16,
+    /// Worker that polls it (index into the worker list).
+    pub worker: usize,
+    /// Frames, bytes, drops of this ring alone.
+    pub counters: Counters,
+    /// Wake-ups by the guest.
+    pub kicks: u64,
+    /// Notifications sent to the guest.
+    pub calls: u64,
+    /// Bursts that carried at least one frame.
+    pub bursts: u64,
+}
+
+/// One port, now.
+#[derive(Clone, Debug)]
+pub struct PortReport {
+    /// Number.
+    pub id: PortId,
+    /// Name.
+    pub name: String,
+    /// Network.
+    pub network: String,
+    /// MTU in force, bytes.
+    pub mtu: u16,
+    /// Rings run and are enabled (vhost-user), or the TAP is open.
+    pub linked: bool,
+    /// Linked, and every worker that serves it has it in its list.
+    pub forwarding: bool,
+    /// The session, for a vhost-user port.
+    pub session: Option<SessionStatus>,
+    /// Sums over the rings.
+    pub counters: Counters,
+    /// Each ring or TAP queue that ever ran.
+    pub rings: Vec<RingReport>,
+}
+
+/// One worker, since it started.
+#[derive(Clone, Debug)]
+pub struct WorkerReport {
+    /// Pinned to this lcore, if at all.
+    pub cpu: Option<usize>,
+    /// Passes over its rings.
+    pub turns: u64,
+    /// Turns that found work, of all; 0.0..=1.0.
+    pub busy_ratio: f64,
+    /// Frames taken from ports.
+    pub frames: u64,
+    /// Mean frames per burst that had any.
+    pub frames_per_burst: f64,
+    /// Mean TSC cycles per frame in turns with work.
+    pub cycles_per_frame: f64,
+    /// "port/index" of what it polls.
+    pub vrings: Vec<String>,
+}
+
+/// One learned address.
+#[derive(Clone, Debug)]
+pub struct FdbEntry {
+    /// Network.
+    pub network: String,
+    /// Address.
+    pub mac: [u8; 6],
+    /// Port it was seen on.
+    pub port: PortId,
+    /// Name of that port.
+    pub port_name: String,
+    /// Seconds since the last frame from it (coarse).
+    pub age_s: u32,
+}
