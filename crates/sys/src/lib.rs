@@ -1,2 +1,11 @@
-//! Placeholder.
+//! The few system calls that have no safe wrapper.
+//!
+//! - [`sigbus`]: survive a peer that truncates the memory it shares with us.
+//! - [`tap`]: TAP devices with vnet headers.
+//! - [`call`]: signal an eventfd that belongs to a hostile peer without ever blocking.
 #![allow(unsafe_code)]
+
+#[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
+compile_error!("vhostd runs on 64-bit Linux only");
+
+pub mod sigbus;
