@@ -9,3 +9,4 @@
 compile_error!("vhostd runs on 64-bit Linux only");
 
 pub mod sigbus;
+pub mod tap;
