@@ -8,5 +8,6 @@
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!("vhostd runs on 64-bit Linux only");
 
+pub mod call;
 pub mod sigbus;
 pub mod tap;
