@@ -1,15 +1,58 @@
-//! Guest memory and the rings in it.
+//! Guest memory and the vrings in it.
+//!
+//! # Theory of operation
+//!
+//! A front end shares its guest's memory ([`GuestMemory`]) and names places in it that are rings ([`RingSetup`]). On the
+//! device side a [`TxRing`] gives frames that the guest sends, a burst at a time, and an [`RxRing`] takes frames for it.
+//! A [`Burst`] in between holds the frames where they are: payload goes from the sender's memory into the receiver's by
+//! one copy. Beware of the words: *TX* and *RX* are the guest's view, so a switch *receives* from a TX ring.
+//!
+//! ```text
+//!   guest A memory                    worker                      guest B memory
+//!   ┌──────────────┐  dequeue   ┌──────────────────┐  enqueue   ┌──────────────┐
+//!   │ TX ring      ├───────────►│ Burst: heads     ├───────────►│ RX ring      │
+//!   │ buffers      ├ ─ ─ ─ ─ ─ ─│─ ─ ─ payload ─ ─ ┼ ─ ─ ─ ─ ─ ►│ buffers      │
+//!   │              │◄───────────┤ complete         │            │              │
+//!   └──────────────┘            └──────────────────┘            └──────────────┘
+//! ```
+//!
+//! Everything in guest memory is hostile. Every word is fetched once, checked, and only then used; every address is
+//! checked with its length; chains are bounded. What is wrong with one chain is a [`ChainFault`]: the chain is returned
+//! and the ring goes on. What is wrong with the ring is a [`RingFault`]: it is stopped, and the front end must set it up
+//! again. Neither can be seen from another port.
+//!
+//! [`driver`] is the other side: what a guest does, for tests, benches, the demo and ports that attach as a front end.
+//!
+//! This crate and `sys` are the only ones with `unsafe` code.
 #![allow(unsafe_code)]
+
+mod burst;
+mod copy;
+mod device;
+pub mod driver;
+pub mod features;
 mod memory;
+mod rx;
 mod setup;
-pub use memory::{GuestMemory, MemoryError, RegionSpec};
+mod split;
+mod tx;
+
+pub use burst::{BURST_MAX, Burst, ChainFault, FRAME_LEN_MAX, Frames, HEAD_LEN, HEADER_LEN};
+pub use device::RingFault;
+pub use memory::{GuestMemory, MemoryError, PORT_BYTES_MAX, RegionSpec, TOTAL_BYTES_MAX};
+pub use rx::{Enqueued, RxRing};
 pub use setup::RingSetup;
+pub use split::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor};
+pub use tx::{TxBurst, TxRing};
+
+/// Descriptors of a split ring at the most (virtio 1.2, 2.7).
+pub const SIZE_MAX: u16 = 32_768;
 
 /// Why a ring cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum RingError {
     /// Size not possible.
-    #[error("a split ring cannot have {0} descriptors: use a power of two up to 32768")]
+    #[error("a split ring cannot have {0} descriptors: use a power of two up to {SIZE_MAX}")]
     Size(u16),
     /// Part of the ring is outside of guest memory or spans two regions.
     #[error("the {part} at user address {addr:#x} ({len} bytes) does not lie in one region of guest memory")]

@@ -1,0 +1,277 @@
+//! What a TX ring and an RX ring have in common on the device side: position, memory, chain walking, notification.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use crate::burst::ChainFault;
+use crate::memory::GuestMemory;
+use crate::setup::RingSetup;
+use crate::split::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, SplitRing};
+use crate::{RingError, features};
+
+/// Why a running ring was stopped: its content makes no sense as a whole, so going on could only do harm. The front
+/// end must set it up again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RingFault {
+    /// The available index is more than the ring's size ahead.
+    #[error("the available index jumped from {from} to {to} in a ring of {size}")]
+    AvailIndex {
+        /// Where we were.
+        from: u16,
+        /// Where it is.
+        to: u16,
+        /// Descriptors.
+        size: u16,
+    },
+    /// An available entry names no descriptor.
+    #[error("available entry {entry} of a ring of {size}")]
+    Head {
+        /// What it names.
+        entry: u16,
+        /// Descriptors.
+        size: u16,
+    },
+    /// The front end truncated its memory file.
+    #[error("the memory behind the ring was truncated by the front end")]
+    Truncated,
+    /// A new memory table does not contain the ring.
+    #[error("the new memory table does not contain the ring")]
+    Unmapped,
+}
+
+/// State of one running ring. Between bursts nothing is outstanding: `next` is where to go on, and the whole truth.
+pub(crate) struct DeviceRing {
+    pub(crate) split: SplitRing,
+    /// Keeps what `split` points to mapped.
+    pub(crate) memory: Arc<GuestMemory>,
+    /// Region to try first.
+    pub(crate) hint: usize,
+    /// Next available entry to take.
+    pub(crate) next: u16,
+    /// Available index as last seen.
+    seen: u16,
+    /// Next used element to write.
+    pub(crate) used: u16,
+    /// Bytes of virtio-net header in this ring: 12, or 10 (legacy without MRG_RXBUF).
+    pub(crate) header_len: u32,
+    pub(crate) mergeable: bool,
+    event_idx: bool,
+    indirect: bool,
+    setup: RingSetup,
+}
+
+impl DeviceRing {
+    pub(crate) fn start(setup: RingSetup, memory: &Arc<GuestMemory>) -> Result<Self, RingError> {
+        let split = SplitRing::new(&setup, memory)?;
+        let has = |bit: u32| setup.features & (1 << bit) != 0;
+        let mergeable = has(features::MRG_RXBUF);
+        let ring = Self {
+            split,
+            memory: memory.clone(),
+            hint: 0,
+            next: setup.base,
+            seen: setup.base,
+            // The one time that the used index is read back: it is where the driver expects us to go on.
+            used: split.used_idx(),
+            header_len: if mergeable || has(features::VERSION_1) { 12 } else { 10 },
+            mergeable,
+            event_idx: has(features::EVENT_IDX),
+            indirect: has(features::INDIRECT_DESC),
+            setup,
+        };
+        ring.split.want_no_kick(ring.event_idx);
+        Ok(ring)
+    }
+
+    /// Goes on in another memory table.
+    pub(crate) fn remap(&mut self, memory: &Arc<GuestMemory>) -> Result<(), RingFault> {
+        self.split = SplitRing::new(&self.setup, memory).map_err(|_| RingFault::Unmapped)?;
+        self.memory = memory.clone();
+        self.hint = 0;
+        Ok(())
+    }
+
+    /// How many entries are available, at least `wanted` if the driver has offered that many. One acquire load, and
+    /// none if what was seen last suffices.
+    #[inline]
+    pub(crate) fn available(&mut self, wanted: u16) -> Result<u16, RingFault> {
+        let known = self.seen.wrapping_sub(self.next);
+        if known >= wanted {
+            return Ok(known);
+        }
+        let to = self.split.avail_idx();
+        let available = to.wrapping_sub(self.next);
+        if available > self.split.size() {
+            return Err(RingFault::AvailIndex { from: self.next, to, size: self.split.size() });
+        }
+        self.seen = to;
+        Ok(available)
+    }
+
+    /// Head of the chain in available entry `index`.
+    #[inline]
+    pub(crate) fn head(&self, index: u16) -> Result<(u16, Descriptor), RingFault> {
+        let entry = self.split.avail_entry(index);
+        match self.split.descriptor(entry) {
+            Some(descriptor) => Ok((entry, descriptor)),
+            None => Err(RingFault::Head { entry, size: self.split.size() }),
+        }
+    }
+
+    /// Publishes used elements up to `used` and tells whether the driver wants to hear of it.
+    #[inline]
+    pub(crate) fn publish(&mut self, used: u16) -> bool {
+        let old = self.used;
+        self.used = used;
+        self.split.publish_used(used);
+        self.setup.call.is_some() && self.split.call_wanted(self.event_idx, old, used)
+    }
+
+    /// Whether memory of this front end went away: what was copied may be zeros put in place of it.
+    #[inline]
+    pub(crate) fn check_memory(&self) -> Result<(), RingFault> {
+        if self.memory.faulted() { Err(RingFault::Truncated) } else { Ok(()) }
+    }
+
+    /// Asks for a kick. False if frames came meanwhile: then no kick will come for them.
+    pub(crate) fn arm(&mut self) -> bool {
+        self.split.want_kick(self.event_idx, self.next);
+        self.split.avail_idx() == self.next
+    }
+
+    pub(crate) fn disarm(&mut self) {
+        self.split.want_no_kick(self.event_idx);
+    }
+
+    pub(crate) fn kick_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.setup.kick.as_ref().map(AsFd::as_fd)
+    }
+
+    pub(crate) fn call_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.setup.call.as_ref().map(AsFd::as_fd)
+    }
+
+    pub(crate) fn err_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.setup.err.as_ref().map(AsFd::as_fd)
+    }
+
+    pub(crate) fn set_call(&mut self, call: Option<OwnedFd>) {
+        self.setup.call = call;
+    }
+
+    pub(crate) fn set_err(&mut self, err: Option<OwnedFd>) {
+        self.setup.err = err;
+    }
+
+    /// Visits the buffers of the chain that begins with `first`, contiguous piece by contiguous piece, empty ones left
+    /// out. `writable` says which direction every buffer must have. `visit` returns false to refuse a piece.
+    ///
+    /// Bounded: a chain has at most `size` descriptors, in the ring and in its indirect table together, because the
+    /// specification allows no more (virtio 1.2, 2.7.5.3.1) and a loop would have.
+    pub(crate) fn walk(
+        &self,
+        first: Descriptor,
+        writable: bool,
+        mut visit: impl FnMut(*mut u8, u32) -> bool,
+    ) -> Result<(), ChainFault> {
+        let mut budget = self.split.size();
+        let mut table = None;
+        let mut descriptor = first;
+        loop {
+            budget = budget.checked_sub(1).ok_or(ChainFault::Malformed)?;
+            if descriptor.flags & DESC_INDIRECT != 0 {
+                if table.is_some() {
+                    return Err(ChainFault::Malformed);
+                }
+                let opened = self.open_table(descriptor)?;
+                descriptor = self.table_entry(opened, 0)?;
+                table = Some(opened);
+                // The descriptor that refers to the table is no buffer and does not count.
+                budget += 1;
+                continue;
+            }
+            if (descriptor.flags & DESC_WRITE != 0) != writable {
+                return Err(ChainFault::Malformed);
+            }
+            self.visit_buffer(descriptor, &mut visit)?;
+            if descriptor.flags & DESC_NEXT == 0 {
+                return Ok(());
+            }
+            descriptor = match table {
+                Some(table) => self.table_entry(table, descriptor.next)?,
+                None => self.split.descriptor(descriptor.next).ok_or(ChainFault::Malformed)?,
+            };
+        }
+    }
+
+    /// Checks a descriptor that refers to an indirect table; its WRITE flag means nothing (virtio 1.2, 2.7.5.3.2).
+    fn open_table(&self, descriptor: Descriptor) -> Result<Table, ChainFault> {
+        let entries = descriptor.len / ENTRY_LEN;
+        let well_formed = self.indirect
+            && descriptor.flags & DESC_NEXT == 0
+            && descriptor.len.is_multiple_of(ENTRY_LEN)
+            && (1..=u32::from(self.split.size())).contains(&entries);
+        if !well_formed {
+            return Err(ChainFault::Malformed);
+        }
+        #[allow(clippy::cast_possible_truncation)]
+        Ok(Table { addr: descriptor.addr, entries: entries as u16 })
+    }
+
+    /// One descriptor of an indirect table, fetched once. It may lie across two regions.
+    fn table_entry(&self, table: Table, index: u16) -> Result<Descriptor, ChainFault> {
+        if index >= table.entries {
+            return Err(ChainFault::Malformed);
+        }
+        let offset = u64::from(ENTRY_LEN) * u64::from(index);
+        let mut addr = table.addr.checked_add(offset).ok_or(ChainFault::Unmapped)?;
+        let mut bytes = [0u8; ENTRY_LEN as usize];
+        let mut filled = 0;
+        while filled < bytes.len() {
+            #[allow(clippy::cast_possible_truncation)]
+            let left = (bytes.len() - filled) as u32;
+            let (at, part) = self.memory.translate_part(addr, left).ok_or(ChainFault::Unmapped)?;
+            // SAFETY: `part` ≤ `left` bytes are mapped at `at`, and `bytes` has `left` bytes from `filled` on. The
+            // guest may write meanwhile: whatever is read is checked as if it were meant.
+            unsafe { crate::copy::copy(at, bytes.as_mut_ptr().add(filled), part as usize) };
+            filled += part as usize;
+            addr = addr.wrapping_add(u64::from(part));
+        }
+        let [lo, hi] = [0, 8].map(|i| u64::from_ne_bytes(*bytes[i..].first_chunk().expect("16 bytes")));
+        Ok(Descriptor::from_words(lo, hi))
+    }
+
+    fn visit_buffer(
+        &self,
+        descriptor: Descriptor,
+        visit: &mut impl FnMut(*mut u8, u32) -> bool,
+    ) -> Result<(), ChainFault> {
+        let (mut addr, mut left) = (descriptor.addr, descriptor.len);
+        if left == 0 {
+            // Nothing to carry, but an address outside is still a driver's error.
+            return self.memory.translate_part(addr, 0).map(|_| ()).ok_or(ChainFault::Unmapped);
+        }
+        if addr.checked_add(u64::from(left) - 1).is_none() {
+            return Err(ChainFault::Unmapped);
+        }
+        while left != 0 {
+            let (at, part) = self.memory.translate_part(addr, left).ok_or(ChainFault::Unmapped)?;
+            if !visit(at, part) {
+                return Err(ChainFault::Long);
+            }
+            addr = addr.wrapping_add(u64::from(part));
+            left -= part;
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of a descriptor.
+const ENTRY_LEN: u32 = 16;
+
+/// An indirect table that may be read.
+#[derive(Clone, Copy)]
+struct Table {
+    addr: u64,
+    entries: u16,
+}
