@@ -1,0 +1,80 @@
+#!/bin/bash
+# Gets a Debian 12 machine ready: setup.sh [build] [guest] [dpdk] [lint]
+#
+#   build   a linker, and a look at the Rust tool chain, which is not ours to install
+#   guest   QEMU, and the test guest in target/guest (guest/build.sh)
+#   dpdk    dpdk-testpmd
+#   lint    rustfmt and clippy are there
+#
+# Without arguments: all of them. What is there is not touched; when all is there this takes no time and needs no root.
+set -euo pipefail
+export LC_ALL=C DEBIAN_FRONTEND=noninteractive PATH=$PATH:/usr/sbin:/sbin
+
+root=$(dirname "$(dirname "$(realpath "$0")")")
+
+fail() {
+    printf 'setup.sh: %s\n' "$@" >&2
+    exit 1
+}
+
+# What has to be there, as COMMAND:PACKAGE.
+needs() {
+    case $1 in
+    build) echo cc:gcc cc:libc6-dev ;;
+    guest)
+        echo qemu-system-x86_64:qemu-system-x86 busybox:busybox-static cpio:cpio xz:xz-utils depmod:kmod \
+            ip:iproute2 bridge:iproute2 ethtool:ethtool iperf3:iperf3 flock:util-linux
+        ;;
+    dpdk) echo dpdk-testpmd:dpdk-dev ;;
+    lint) ;;
+    *) fail "unknown part: $1 (parts: build guest dpdk lint)" ;;
+    esac
+}
+
+install_packages() {
+    local need packages=()
+    for need; do
+        command -v "${need%%:*}" >/dev/null || packages+=("${need##*:}")
+    done
+    [ ${#packages[@]} -gt 0 ] || return 0
+    if [ "$(id -u)" != 0 ]; then
+        fail "missing packages, and only root can install them:" \
+            "    apt-get update && apt-get install --no-install-recommends ${packages[*]}"
+    fi
+    command -v apt-get >/dev/null || fail "missing, and there is no apt-get to install them: ${packages[*]}"
+    echo "installing ${packages[*]}" >&2
+    apt-get update -q >/dev/null
+    apt-get install -y -q --no-install-recommends "${packages[@]}" >/dev/null
+}
+
+check_rust() {
+    local wanted found
+    wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$root/Cargo.toml")
+    found=$(cd "$root" && rustc --version 2>/dev/null | cut -d ' ' -f 2) || true
+    if [ "$(printf '%s\n' "$wanted" "${found:-0}" | sort -V | head -n 1)" != "$wanted" ]; then
+        fail "Rust $wanted or newer is needed, found: ${found:-none}. Debian 12 has an older one; https://rustup.rs has it:" \
+            "    curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y && . ~/.cargo/env"
+    fi
+}
+
+check_lint() {
+    if ! cargo fmt --version >/dev/null 2>&1 || ! cargo clippy --version >/dev/null 2>&1; then
+        fail "rustfmt or clippy is missing:" "    rustup component add rustfmt clippy"
+    fi
+}
+
+[ $# -gt 0 ] || set -- build guest dpdk lint
+needs=()
+for part; do
+    words=$(needs "$part")
+    read -ra words <<<"$words"
+    needs+=("${words[@]}")
+done
+install_packages "${needs[@]}"
+for part; do
+    case $part in
+    build) check_rust ;;
+    guest) "$root/tests/guest/build.sh" "$root/target/guest" ;;
+    lint) check_lint ;;
+    esac
+done
