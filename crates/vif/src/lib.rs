@@ -30,13 +30,16 @@
 //! - anything beyond the limits in [`json`], and a document with the same key twice;
 //! - a boolean given as text, list or map (`"false"` would read as true); numbers are taken by truth value;
 //! - a fraction as text or UUID, and a list or map as UUID (os-vif would keep Python's notation of it);
-//! - an integer that does not fit 64 bits, or in text with digits other than ASCII's;
+//! - an integer that does not fit 64 bits, or in text with digits other than ASCII's, and a number of more bits as an
+//!   IP address;
+//! - text with a lone surrogate (`"\ud800"`), which is not Unicode;
 //! - a list field given as text or map (os-vif would take its characters or keys);
 //! - a PCI address without the dot before the function, and any address with a line feed behind it;
-//! - a version that is not plain numbers with dots (`1.0a1`, `v1.0`, `1!1.0`, blanks around it);
-//! - `versioned_object.data` that is no map; `versioned_object.changes` that is no list;
-//! - an object of a class that the field does not take: refused before it is read, so what is wrong inside it is not
-//!   reported.
+//! - a version that is not plain numbers with dots (`1.0a1`, `v1.0`, blanks around it);
+//! - `versioned_object.data` that is no map; `versioned_object.changes` that is no list.
+//!
+//! A nested object of a class that its field does not take is refused before it is read, so what else is wrong inside
+//! it is not reported; os-vif reads it first.
 //!
 //! UUIDs are not checked, as in os-vif: agents that know no instance send an empty one.
 

@@ -187,3 +187,89 @@ impl Object {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// A VIF of that class and version with these fields.
+    fn envelope(class: &str, version: &str, data: &Json) -> Json {
+        json!({ NAME: class, NAMESPACE: OS_VIF, VERSION: version, DATA: data })
+    }
+
+    #[test]
+    fn an_error_names_place_value_and_cause() {
+        let vif = |data| envelope("VIFVHostUser", "1.1", &data);
+        let network = |data| vif(json!({ "network": envelope("Network", "1.1", &data) }));
+        let subnet = |data| {
+            let list =
+                envelope("SubnetList", "1.0", &json!({ "objects": [envelope("Subnet", "1.0", &data)] }));
+            network(json!({ "subnets": list }))
+        };
+        let cases = [
+            (vif(json!({"mode": "both"})), r#"VIFVHostUser.mode: "both" is not one of client, server"#),
+            (
+                vif(json!({"path": null})),
+                "VIFVHostUser.path: null is not allowed: leave the field out or give it a value",
+            ),
+            (vif(json!({"active": "no"})), r#"VIFVHostUser.active: "no" is not true or false"#),
+            (
+                vif(json!({"port_profile": envelope("Network", "1.1", &json!({}))})),
+                "VIFVHostUser.port_profile: an object of class Network is not of class VIFPortProfileBase",
+            ),
+            (
+                vif(json!({"port_profile": envelope("VIFPortProfileOpenVSwitch", "1.5", &json!({}))})),
+                "VIFVHostUser.port_profile: version \"1.5\" of VIFPortProfileOpenVSwitch is not supported, supported is \
+                 1.4 or an older one of its major",
+            ),
+            (network(json!({"mtu": {}})), "VIFVHostUser.network.mtu: a map is not an integer of 64 bits"),
+            (
+                subnet(json!({"dns": ["::1", "x\n"]})),
+                r#"VIFVHostUser.network.subnets.objects[0].dns[1]: "x\n" is not an IP address"#,
+            ),
+            (
+                envelope("VIFTeleport", "1.0", &json!({})),
+                r#"object: object type "os_vif"."VIFTeleport" is unknown: it must be a class of namespace os_vif"#,
+            ),
+            (
+                envelope("VIFVHostUser", "x", &json!({})),
+                r#"VIFVHostUser: "x" is not a version: it must be text of numbers with dots, as "1.1""#,
+            ),
+            (json!({}), "object: key versioned_object.namespace is missing"),
+            (vif(json!([])), "VIFVHostUser.versioned_object.data: a list is not a map"),
+        ];
+        for (json, message) in cases {
+            assert_eq!(decode(&json).unwrap_err().to_string(), message);
+        }
+    }
+
+    #[test]
+    fn a_long_value_is_shortened_in_messages() {
+        let json = envelope("VIFVHostUser", "1.1", &json!({ "mode": "é".repeat(1000) }));
+        let message = decode(&json).unwrap_err().to_string();
+        assert!(message.contains("é\"… is not one of") && message.chars().count() < 130, "{message}");
+    }
+
+    #[test]
+    fn limits_are_checked_wherever_the_tree_comes_from() {
+        let deep = (0..1000).fold(json!(1), |inner, _| json!([inner]));
+        let error = decode(&json!({ "unknown": deep })).unwrap_err();
+        assert!(matches!(error.cause, Cause::Limit { limit: json::MAX_DEPTH, .. }), "{error}");
+        let many = envelope("VIFVHostUser", "1.1", &json!({ "nope": vec![0; json::MAX_ITEMS + 1] }));
+        assert_eq!(
+            decode(&many).unwrap_err().to_string(),
+            r#"object."versioned_object.data"."nope": more than 1024 items"#
+        );
+    }
+
+    #[test]
+    fn unset_null_and_value_stay_apart() {
+        let object = decode(&envelope("VIFBase", "1.0", &json!({ "address": null, "id": "i" }))).unwrap();
+        assert_eq!(object.field("address"), Field::Null);
+        assert_eq!(object.field("id"), Field::Value(&Value::Text("i".into())));
+        assert_eq!((object.field("plugin"), object.field("nope")), (Field::Unset, Field::Unset));
+        assert_eq!((object.class().name, object.version()), ("VIFBase", "1.0"));
+    }
+}

@@ -164,7 +164,7 @@ words! {
 
 /// An object that is not of the class asked for.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("an object of class {found} is not a {expected}")]
+#[error("an object of class {found} stands where one of class {expected} must be")]
 pub struct NotA {
     /// Its class.
     pub found: &'static str,
