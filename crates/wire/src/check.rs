@@ -1,8 +1,9 @@
 //! The gate for virtio-net headers from guests.
 //!
-//! Everything in such a header may be a lie. [`VnetHeader::check`] holds it against the frame and gives back a header
-//! of which every field is true, or says why there is none. What passes may be delivered to any receiver
-//! that accepts what the header [needs](VnetHeader::needs); what does not pass is a drop by the guest's fault.
+//! Everything in such a header may be a lie. [`VnetHeader::check`] holds it against the frame and gives back
+//! a header of which every field is true, or says why there is none. What passes may be delivered to any
+//! receiver that accepts what the header [needs](VnetHeader::needs); what does not pass is a drop by the
+//! guest's fault.
 
 use core::fmt;
 
@@ -14,8 +15,8 @@ use crate::vnet::{VnetHeader, flag, gso};
 /// The longest frame: Ethernet with two tags, an IPv6 header and 65535 bytes behind it.
 pub const FRAME_MAX: usize =
     ethernet::HEADER_LEN + ethernet::TAGS_MAX * ethernet::TAG_LEN + ip::V6_HEADER_LEN + 65535;
-/// Into how many segments one frame may be cut: enough for 64 KiB by 536 bytes (RFC 9293, 3.7.1: the least MSS that
-/// every host must take), and for what Linux sends by UDP_SEGMENT.
+/// Into how many segments one frame may be cut: enough for 64 KiB by 536 bytes (RFC 9293, 3.7.1: the least
+/// MSS that every host must take), and for what Linux sends by UDP_SEGMENT.
 pub const SEGMENTS_MAX: usize = 128;
 
 /// A TCP header without options.
@@ -125,13 +126,14 @@ impl From<IpFault> for HeaderFault {
 impl VnetHeader {
     /// Holds a guest's header against its frame of `frame_len` bytes (virtio-net header not counted).
     ///
-    /// `prefix` is the frame's first bytes, in memory that the guest cannot change; 110 of them are enough for all but IPv6
-    /// with long extension headers. `allowed` is what the guest may ask for.
+    /// `prefix` is the frame's first bytes, in memory that the guest cannot change; 95 of them are enough
+    /// for all but IPv6 with extension headers. `allowed` is what the guest may ask for.
     ///
-    /// The header that comes back is true in every field: it asks for nothing that was not asked for, claims nothing
-    /// (`DATA_VALID`, `RSC_INFO` are gone), has the right `hdr_len` if the frame is to be segmented, else 0, and 1 as
-    /// `num_buffers`. A "GSO" frame of one segment becomes an ordinary one. A partial checksum without the feature for
-    /// it is not believed in: such a frame is delivered with the bytes that it has. The MTU is the caller's to check.
+    /// The header that comes back is true in every field: it asks for nothing that was not asked for, claims
+    /// nothing (`DATA_VALID`, `RSC_INFO` are gone), has the right `hdr_len` if the frame is to be
+    /// segmented, else 0, and 1 as `num_buffers`. A "GSO" frame of one segment becomes an ordinary one. A
+    /// partial checksum without the feature for it is not believed in: such a frame is delivered with the
+    /// bytes that it has. The MTU is the caller's to check.
     pub fn check(
         &self,
         frame_len: usize,
@@ -212,7 +214,8 @@ impl VnetHeader {
         if end > frame_len { Err(HeaderFault::CsumBeyondFrame) } else { Ok(()) }
     }
 
-    /// The length of all headers, if the frame carries what `gso_type` says and the checksum is that of its L4 header.
+    /// The length of all headers, if the frame carries what `gso_type` says and the checksum is that of its
+    /// L4 header.
     fn check_l4(&self, ip: &Ip, prefix: Prefix<'_>) -> Result<usize, HeaderFault> {
         let (protocol, version) = match self.gso_type & !gso::ECN {
             gso::TCPV4 => (protocol::TCP, Version::V4),

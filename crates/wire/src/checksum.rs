@@ -93,8 +93,8 @@ pub fn ipv4_header(header: &[u8]) -> u16 {
     Sum::new().with(before).with(after.get(2..).unwrap_or_default()).checksum()
 }
 
-/// The pseudo-header of an L4 message of `len` bytes over IPv4 (RFC 9293, 3.1). The length exceeds 16 bits only
-/// before segmentation.
+/// The pseudo-header of an L4 message of `len` bytes over IPv4 (RFC 9293, 3.1). The length exceeds 16 bits
+/// only before segmentation.
 pub fn pseudo_v4(src: [u8; 4], dst: [u8; 4], protocol: u8, len: u32) -> Sum {
     Sum::new().with(&src).with(&dst).with_word(u16::from(protocol)).with(&len.to_be_bytes())
 }

@@ -1,7 +1,7 @@
 //! Frames to send: UDP, TCP and ICMP echo over IPv4 and IPv6, with every length and checksum right.
 //!
-//! For front ends that make traffic, and for tests. The only module of the crate that allocates. ARP is in [`crate::arp`].
-//! Frames are not padded to the minimum of a wire; neither do guests pad them.
+//! For front ends that make traffic, and for tests. The only module of the crate that allocates. ARP is in
+//! [`crate::arp`]. Frames are not padded to the minimum of a wire; neither do guests pad them.
 
 use core::net::{Ipv4Addr, Ipv6Addr};
 
@@ -36,8 +36,8 @@ pub struct Craft {
     pub tags: Vec<(u16, u16)>,
     /// IP source and destination.
     pub addresses: Addresses,
-    /// Bytes of IPv4 options (a multiple of 4 up to 40), or of one IPv6 extension header (a multiple of 8 up to
-    /// 2048), filled with padding.
+    /// Bytes of IPv4 options (a multiple of 4 up to 40), or of one IPv6 extension header (a multiple of 8 up
+    /// to 2048), filled with padding.
     pub options_len: usize,
 }
 
@@ -204,8 +204,8 @@ impl Craft {
     }
 }
 
-/// Undoes the checksum of a UDP or TCP frame, as a guest leaves it to the device, and returns the header that asks for it.
-/// `None`, and nothing done, if the frame is another one, or a fragment.
+/// Undoes the checksum of a UDP or TCP frame, as a guest leaves it to the device, and returns the header that
+/// asks for it. `None`, and nothing done, if the frame is another one, or a fragment.
 pub fn leave_checksum(frame: &mut [u8]) -> Option<VnetHeader> {
     let ip = Ip::parse(frame, frame.len()).ok().filter(|ip| !ip.fragment)?;
     let csum_offset = csum_field(ip.protocol)?;

@@ -70,7 +70,8 @@ impl<'a> Ethernet<'a> {
         self.past_tags().1
     }
 
-    /// The outermost tag's VLAN identifier (0: the tag carries a priority only), `None` if untagged or cut short.
+    /// The outermost tag's VLAN identifier (0: the tag carries a priority only), `None` if untagged or cut
+    /// short.
     #[inline]
     pub fn vlan_id(&self) -> Option<u16> {
         if !is_tag(self.outer_ethertype()) {

@@ -6,9 +6,9 @@ use crate::ip::{Ip, Version, protocol};
 /// A number that is the same for all frames of a flow, and in both of its directions (symmetric).
 ///
 /// A flow is the pair of addresses with the pair of ports, where the protocol has ports. Fragments, the first
-/// one included, count by addresses only, since the others carry no ports. Frames without readable IP headers count
-/// by their pair of MAC addresses, runts as 0. VLAN tags do not matter. `prefix` is the frame or its first bytes;
-/// 54 of them hold all that is needed of an untagged frame without IP options.
+/// one included, count by addresses only, since the others carry no ports. Frames without readable IP headers
+/// count by their pair of MAC addresses, runts as 0. VLAN tags do not matter. `prefix` is the frame or its
+/// first bytes; 54 of them hold all that is needed of an untagged frame without IP options.
 ///
 /// Not for tables that a guest must not be able to fill with collisions: there is no secret in it.
 #[inline]
@@ -59,7 +59,8 @@ fn word(bytes: &[u8], at: usize) -> u64 {
     bytes[at..].first_chunk().map_or(0, |word| u64::from_be_bytes(*word))
 }
 
-/// Two halves of what `a` and `b` are regardless of their order, multiplied and folded: every bit reaches every bit.
+/// Two halves of what `a` and `b` are regardless of their order, multiplied and folded: every bit reaches
+/// every bit.
 #[inline]
 #[expect(clippy::cast_possible_truncation, reason = "folding keeps the low halves on purpose")]
 fn symmetric(a: u64, b: u64, salt: u64) -> u32 {

@@ -71,7 +71,8 @@ pub enum IpFault {
     NotIp,
     /// The headers go on behind the prefix.
     NotInPrefix,
-    /// The headers contradict themselves or the length of the frame, or there are more than [`EXTENSIONS_MAX`].
+    /// The headers contradict themselves or the length of the frame, or there are more than
+    /// [`EXTENSIONS_MAX`].
     Malformed,
 }
 

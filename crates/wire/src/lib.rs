@@ -1,8 +1,8 @@
 //! Checked views of bytes, and the arithmetic on them.
 //!
-//! A frame here is bytes from a stranger. Every type checks once, when it is made, and what it then says about
-//! the bytes holds. No function does I/O or allocates, except the frame builders in [`craft`]; none panics
-//! on what a frame or a virtio-net header says.
+//! A frame here is bytes from a stranger. Every type checks once, when it is made, and what it then says
+//! about the bytes holds. No function does I/O or allocates, except the frame builders in [`craft`]; none
+//! panics on what a frame or a virtio-net header says.
 //!
 //! The dataplane decides on a *prefix*: the first hundred or so bytes of a frame, copied out of guest memory
 //! that may change at any moment. So the parsers take the prefix and the length of the whole frame, and tell
@@ -12,8 +12,8 @@
 //!
 //! - [`ethernet`], [`mac`]: addresses, VLAN tags and EtherType; all that the switch looks at.
 //! - [`flow`]: the number by which a receive queue is chosen.
-//! - [`vnet`], [`offloads`]: the virtio-net header and the work it leaves to the receiver; [`check`] is the one
-//!   gate through which a guest's header has to pass.
+//! - [`vnet`], [`offloads`]: the virtio-net header and the work it leaves to the receiver; [`check`] is the
+//!   one gate through which a guest's header has to pass.
 //! - [`ip`]: where the headers of a frame lie.
 //! - [`checksum`], [`mod@segment`]: doing that work for a receiver that cannot.
 //! - [`arp`], [`rarp`], [`craft`]: making frames.

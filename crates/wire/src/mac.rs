@@ -26,7 +26,8 @@ impl Mac {
         self.0
     }
 
-    /// The address as a number below 2⁴⁸ that reads like the address: `01:02:03:04:05:06` is `0x0102_0304_0506`.
+    /// The address as a number below 2⁴⁸ that reads like the address: `01:02:03:04:05:06` is
+    /// `0x0102_0304_0506`.
     #[inline]
     pub const fn to_u64(self) -> u64 {
         let [a, b, c, d, e, f] = self.0;

@@ -1,8 +1,8 @@
 //! Which work one side may leave to the other.
 //!
-//! The same set says three things: what a header *needs* of its receiver ([`VnetHeader::needs`](crate::VnetHeader::needs)),
-//! what a guest may ask for on its TX ring, and what it accepts on its RX ring. A frame passes
-//! untouched if the receiver's set contains what the header needs.
+//! The same set says three things: what a header *needs* of its receiver
+//! ([`VnetHeader::needs`](crate::VnetHeader::needs)), what a guest may ask for on its TX ring, and what it
+//! accepts on its RX ring. A frame passes untouched if the receiver's set contains what the header needs.
 
 use core::ops::BitOr;
 
@@ -92,6 +92,18 @@ impl Offloads {
         self.0 == 0
     }
 
+    /// The set as a number, for keeping it in an atomic.
+    #[inline]
+    pub const fn bits(self) -> u8 {
+        self.0
+    }
+
+    /// The set that [`bits`](Self::bits) gave; bits that mean nothing are left out.
+    #[inline]
+    pub const fn from_bits(bits: u8) -> Offloads {
+        Offloads(bits & Offloads::ALL.0)
+    }
+
     /// The set, if all of `bits` are in `features`, else nothing.
     const fn only_if(self, features: u64, bits: u64) -> Offloads {
         if features & bits == bits { self } else { Offloads::NONE }
@@ -152,5 +164,7 @@ mod tests {
         assert_eq!(both.intersection(Offloads::TSO4 | Offloads::USO), Offloads::TSO4);
         assert!(Offloads::NONE.is_empty() && !both.is_empty());
         assert!(!Offloads::ALL.contains(Offloads::IMPOSSIBLE));
+        assert_eq!(Offloads::from_bits(both.bits()), both);
+        assert_eq!(Offloads::from_bits(0xff), Offloads::ALL);
     }
 }

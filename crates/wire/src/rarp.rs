@@ -1,7 +1,8 @@
 //! The announcement of a moved guest.
 //!
 //! After a migration the network has to learn where the guest's MAC address is now. If the guest cannot
-//! say it, somebody sends a reverse ARP request (RFC 903) in its name. Nobody answers it, every switch learns from it.
+//! say it, somebody sends a reverse ARP request (RFC 903) in its name. Nobody answers it, every switch learns
+//! from it.
 
 use crate::Mac;
 use crate::arp::{Arp, operation};

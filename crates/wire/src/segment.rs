@@ -9,8 +9,8 @@ use crate::ip::{Ip, V6_HEADER_LEN, Version, protocol};
 use crate::vnet::{VnetHeader, gso};
 use crate::{HeaderFault, Offloads};
 
-/// The longest head: two VLAN tags, IPv4 with options and TCP with options are 142 bytes; the rest is for IPv6
-/// extension headers.
+/// The longest head: two VLAN tags, IPv4 with options and TCP with options are 142 bytes; the rest is for
+/// IPv6 extension headers.
 pub const HEAD_MAX: usize = 256;
 
 /// Why a frame was not segmented.
@@ -45,13 +45,13 @@ impl From<HeaderFault> for SegmentFault {
     }
 }
 
-/// Cuts a frame into segments of `gso_size` bytes of payload each, as its sender would have sent them, and hands each
-/// to `out`: its virtio-net header, its head and its payload. Returns how many there were, at least two and at most
-/// [`SEGMENTS_MAX`](crate::check::SEGMENTS_MAX).
+/// Cuts a frame into segments of `gso_size` bytes of payload each, as its sender would have sent them, and
+/// hands each to `out`: its virtio-net header, its head and its payload. Returns how many there were, at
+/// least two and at most [`SEGMENTS_MAX`](crate::check::SEGMENTS_MAX).
 ///
 /// `frame` is the whole frame, in memory that nobody else can change. `header` is checked once more. With
-/// `with_checksum` every segment is complete and its header plain, else the checksum is left partial, for a receiver that takes
-/// [`Offloads::CSUM`]. Segments shorter than an Ethernet frame's minimum are not padded.
+/// `with_checksum` every segment is complete and its header plain, else the checksum is left partial, for a
+/// receiver that takes [`Offloads::CSUM`]. Segments shorter than an Ethernet frame's minimum are not padded.
 pub fn segment(
     frame: &[u8],
     header: &VnetHeader,
@@ -81,8 +81,8 @@ pub fn segment(
     Ok(last + 1)
 }
 
-/// How a frame is cut. The offsets are those of a checked header: they lie inside the head, and no length that
-/// is written below exceeds 16 bits.
+/// How a frame is cut. The offsets are those of a checked header: they lie inside the head, and no length
+/// that is written below exceeds 16 bits.
 struct Cut {
     ip: Ip,
     head_len: usize,
@@ -125,8 +125,7 @@ impl Cut {
                 put(head, l3 + 2, low16(self.head_len - l3 + piece));
                 // RFC 6864, 4: datagrams that may be fragmented need identifications of their own.
                 put(head, l3 + 4, word(head, l3 + 4).wrapping_add(low16(index)));
-                let options_end = l3 + usize::from(head[l3] & 0x0f) * 4;
-                put(head, l3 + 10, checksum::ipv4_header(&head[l3..options_end]));
+                put(head, l3 + 10, checksum::ipv4_header(&head[l3..self.ip.l4]));
             }
             Version::V6 => put(head, l3 + 4, low16(self.head_len - l3 - V6_HEADER_LEN + piece)),
         }
@@ -141,10 +140,10 @@ impl Cut {
             put(head, l4 + 4, low16(l4_len));
         }
         // The partial sum is the sender's: only he knows the final address behind a routing header. Just
-        // the length in it changes (RFC 1624), of which 32 bits count over IPv6.
+        // the length in it changes (RFC 1624); the frame's may exceed 16 bits.
         let partial = Sum::new()
             .with_word(word(head, self.csum_at))
-            .with_word(!(Sum::new().with(&low32(self.l4_len).to_be_bytes()).partial()))
+            .with_word(!Sum::new().with(&low32(self.l4_len).to_be_bytes()).partial())
             .with_word(low16(l4_len))
             .partial();
         put(head, self.csum_at, partial);

@@ -4,7 +4,8 @@ use crate::Offloads;
 
 /// Bytes of the header, with `num_buffers`.
 pub const LEN: usize = 12;
-/// Bytes of the header of a legacy guest without mergeable buffers, which has no `num_buffers` (virtio 1.2, 5.1.6.1).
+/// Bytes of the header of a legacy guest without mergeable buffers, which has no `num_buffers` (virtio 1.2,
+/// 5.1.6.1).
 pub const LEGACY_LEN: usize = 10;
 
 /// Bits of [`VnetHeader::flags`].

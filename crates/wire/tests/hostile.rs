@@ -3,7 +3,7 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use etherparse::{NetSlice, SlicedPacket};
+use etherparse::{LinkExtSlice, NetSlice, SlicedPacket};
 use wire::craft::{self, Craft, Tcp};
 use wire::ethernet::ethertype;
 use wire::ip::Version;
@@ -200,9 +200,10 @@ fn unchecked_headers_do_not_panic_either() {
 /// The places of the headers, as the reference parser sees them. `None` if it does not take the frame.
 fn reference(frame: &[u8]) -> Option<Result<Ip, IpFault>> {
     let packet = SlicedPacket::from_ethernet(frame).ok()?;
-    // It knows a third tag, and tags before the standard; to us they are opaque.
-    if packet.link_exts.len() > 2 || [12, 16, 20].iter().any(|at| frame.get(*at..*at + 2) == Some(&[0x91, 0]))
-    {
+    // It knows a third tag, MACsec, and tags from before the standard; to us they are opaque.
+    let vlan = |ext: &LinkExtSlice<'_>| matches!(ext, LinkExtSlice::Vlan(_));
+    let old_tag = |at: &usize| frame.get(*at..*at + 2) == Some(&[0x91, 0]);
+    if packet.link_exts.len() > 2 || !packet.link_exts.iter().all(vlan) || [12, 16, 20].iter().any(old_tag) {
         return None;
     }
     let (version, header, payload) = match &packet.net {
