@@ -1,2 +1,34 @@
-//! Placeholder.
+//! The host's side of a network: links, bridges and TAPs, through netlink.
+//!
+//! Each `ensure_…` says what has to be there. It makes what is missing, touches nothing that is as it should be, and
+//! refuses what belongs to somebody else. Each `remove_…` succeeds if nothing is there. All may be repeated at any
+//! time, after a crash above all: nothing is remembered here, the kernel's own state is the only one.
+//!
+//! # Ours and foreign
+//!
+//! An interface that we made bears a mark in its alias (`ip link show`): [`tap_mark`] on a TAP, which names its plug,
+//! and [`BRIDGE_MARK`] on a bridge, which plugs may share. What bears no mark is an administrator's: it is used where
+//! the caller asks for it, and never deleted.
+//!
+//! # TAPs stay
+//!
+//! Bridges and Open vSwitch hold a TAP by its number. One that is deleted and made again under the same name looks
+//! right and passes nothing. So a TAP is persistent, outlives us, and is attached to again, never made again.
+//!
+//! Calls may run side by side, but two that contradict each other (a bridge ensured here, removed there) take effect
+//! in any order: whoever plugs into a bridge and unplugs from it must not do both at one time.
 #![forbid(unsafe_code)]
+
+mod bridge;
+mod error;
+mod link;
+mod netlink;
+mod tap;
+mod watch;
+
+pub use bridge::{BRIDGE_MARK, Bridge};
+pub use error::Error;
+pub use link::{Kind, LinkState, TunState};
+pub use netlink::HostNet;
+pub use tap::{QUEUES_MAX, Tap, TapSpec, tap_mark};
+pub use watch::{LinkEvent, Watch};

@@ -1,0 +1,147 @@
+//! What can go wrong on the host's side, in words for people.
+
+use std::io;
+
+use sys::tap::TapError;
+
+use crate::link::Kind;
+
+/// Why the host's side is not as asked. Each names the interface, the cause and the way out.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no netlink socket.
+    #[error("cannot open a netlink socket: allow AF_NETLINK to this process")]
+    Open(#[source] io::Error),
+    /// The name cannot be an interface's, or a TAP queue failed in a way that has no better words below.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// A plug's name does not fit into a mark.
+    #[error("cannot mark interface {name} as made for plug {owner:?}: give a name of 1 to 200 bytes")]
+    Owner {
+        /// The interface.
+        name: String,
+        /// The plug.
+        owner: String,
+    },
+    /// More queues than the kernel has for one TAP, or none.
+    #[error("TAP {name} cannot have {queues} queues: give 1 to {}", crate::tap::QUEUES_MAX)]
+    Queues {
+        /// The interface.
+        name: String,
+        /// Queues asked for.
+        queues: u16,
+    },
+    /// EPERM.
+    #[error("cannot {doing} {name}: this needs CAP_NET_ADMIN in the network namespace of the daemon")]
+    Denied {
+        /// The step that failed.
+        doing: &'static str,
+        /// The interface.
+        name: String,
+    },
+    /// EOPNOTSUPP.
+    #[error("cannot {doing} {name}: this kernel lacks what it takes, load the module or use another kernel")]
+    Unsupported {
+        /// The step that failed.
+        doing: &'static str,
+        /// The interface.
+        name: String,
+    },
+    /// Any other error of the kernel.
+    #[error("cannot {doing} {name}")]
+    Kernel {
+        /// The step that failed.
+        doing: &'static str,
+        /// The interface.
+        name: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The kernel's answer did not come, or was not understood.
+    #[error("cannot {doing} {name}: no usable answer from the kernel within {} s", crate::netlink::DEADLINE.as_secs())]
+    NoAnswer {
+        /// The step that failed.
+        doing: &'static str,
+        /// The interface.
+        name: String,
+    },
+    /// There is no such interface.
+    #[error("there is no interface {name}")]
+    Missing {
+        /// The interface.
+        name: String,
+    },
+    /// An interface of another kind has the name.
+    #[error("interface {name} exists and is {kind}, not {wanted}: give another name, or remove it")]
+    WrongKind {
+        /// The interface.
+        name: String,
+        /// What it is.
+        kind: Kind,
+        /// What it would have to be.
+        wanted: &'static str,
+    },
+    /// Somebody has queues of the TAP open.
+    #[error("TAP {name} is in use: another process, or another plug, holds it open")]
+    Busy {
+        /// The interface.
+        name: String,
+    },
+    /// The TAP is an administrator's, and the plug did not ask for that one.
+    #[error("TAP {name} exists and was not made by vhostd: give another name, or plug to it by name")]
+    Foreign {
+        /// The interface.
+        name: String,
+    },
+    /// The TAP was made for another plug.
+    #[error("TAP {name} belongs to plug {owner}: give another name, or unplug that one first")]
+    OtherPlug {
+        /// The interface.
+        name: String,
+        /// The plug whose mark it bears.
+        owner: String,
+    },
+    /// The TAP was made without multi-queue, which cannot be changed.
+    #[error("TAP {name} has one queue, not {queues}: use one, or unplug and make it anew with multi_queue")]
+    OneQueue {
+        /// The interface.
+        name: String,
+        /// Queues asked for.
+        queues: u16,
+    },
+    /// The interface was removed or replaced by somebody while we worked on it.
+    #[error("interface {name} was changed by somebody else meanwhile: try again")]
+    Changed {
+        /// The interface.
+        name: String,
+    },
+    /// The TAP is a port of something else.
+    #[error("{name} cannot join bridge {bridge}: it is a port of {master}, take it out there first")]
+    Enslaved {
+        /// The interface.
+        name: String,
+        /// Where it should go.
+        bridge: String,
+        /// Where it is.
+        master: String,
+    },
+}
+
+impl Error {
+    /// The words for an error number that the kernel gave.
+    pub(crate) fn kernel(doing: &'static str, name: &str, source: io::Error) -> Self {
+        let name = name.to_owned();
+        match source.raw_os_error() {
+            Some(EPERM) => Self::Denied { doing, name },
+            Some(EOPNOTSUPP) => Self::Unsupported { doing, name },
+            Some(ENODEV) => Self::Missing { name },
+            _ => Self::Kernel { doing, name, source },
+        }
+    }
+}
+
+pub(crate) const EPERM: i32 = 1;
+pub(crate) const EBUSY: i32 = 16;
+pub(crate) const EEXIST: i32 = 17;
+pub(crate) const ENODEV: i32 = 19;
+pub(crate) const EOPNOTSUPP: i32 = 95;

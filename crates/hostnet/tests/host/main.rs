@@ -1,0 +1,6 @@
+//! The host's side against the kernel's own bridges and TAPs, each test in a network namespace of its own.
+
+mod bridge;
+mod namespace;
+mod tap;
+mod watch;
