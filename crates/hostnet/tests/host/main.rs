@@ -1,4 +1,5 @@
 //! The host's side against the kernel's own bridges and TAPs, each test in a network namespace of its own.
+#![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
 
 mod bridge;
 mod namespace;
