@@ -1,2 +1,9 @@
-//! Placeholder.
+//! What the end-to-end tests stand on: processes that die with the test, network namespaces, QEMU guests and DPDK.
+//!
+//! Everything here is real. A part starts, says what it waits for and for how long, and is gone when its value is dropped
+//! or the test dies, however it dies.
 #![forbid(unsafe_code)]
+
+pub mod deadline;
+pub mod netns;
+pub mod process;

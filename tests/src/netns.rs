@@ -1,0 +1,115 @@
+//! Network namespaces that vanish with the test.
+//!
+//! A namespace has no name in /run/netns, where it could be left behind. A process holds it: `cat`, reading a pipe of ours, so
+//! it ends when the [`Netns`] is dropped or the test dies in any way, and the namespace with everything in it goes too.
+//! The namespace comes with a mount namespace whose /sys shows its links, and for an ordinary user with a user namespace
+//! in which he is root.
+
+use std::env;
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// A network namespace with its loopback up. Another thread may use it while it lives.
+#[derive(Debug)]
+pub struct Netns {
+    holder: Child,
+    own_user: bool,
+}
+
+impl Netns {
+    /// Makes a namespace.
+    pub fn new() -> Result<Self> {
+        let own_user = !rustix::process::geteuid().is_root();
+        let unshare: &[&str] =
+            if own_user { &["--user", "--map-root-user", "--net", "--mount"] } else { &["--net", "--mount"] };
+        let mut holder = Command::new("unshare")
+            .args(unshare)
+            .args(["sh", "-c", "mount -t sysfs sysfs /sys && ip link set lo up && echo ready && exec cat"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("unshare")?;
+        let mut line = String::new();
+        let output = holder.stdout.take().context("unshare has no output")?;
+        BufReader::new(output).read_line(&mut line)?;
+        // Owned from here on, so that a failure reaps the holder.
+        let netns = Self { holder, own_user };
+        ensure!(line == "ready\n", "no network namespace: unshare {} failed", unshare.join(" "));
+        Ok(netns)
+    }
+
+    /// The process that holds it: `ip link set DEV netns PID` moves a link here.
+    pub fn pid(&self) -> u32 {
+        self.holder.id()
+    }
+
+    /// A command that runs `program` inside, with the same process id.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg("--target").arg(self.pid().to_string()).args(["--net", "--mount"]);
+        if self.own_user {
+            command.args(["--user", "--preserve-credentials"]);
+        }
+        // Entering a mount namespace goes to its root directory: come back.
+        if let Ok(dir) = env::current_dir() {
+            let mut wdns = OsString::from("--wdns=");
+            wdns.push(dir);
+            command.arg(wdns);
+        }
+        command.arg("--").arg(program);
+        command
+    }
+
+    /// Runs a shell script inside and gives its standard output. A failed line ends it with an error.
+    pub fn run(&self, script: &str) -> Result<String> {
+        let output = self.command("sh").args(["-e", "-c", script]).stdin(Stdio::null()).output()?;
+        if !output.status.success() {
+            let errors = String::from_utf8_lossy(&output.stderr);
+            bail!("{}: {script}\n{errors}", output.status);
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        // Errors mean that it has ended already.
+        let _ = self.holder.kill();
+        let _ = self.holder.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn a_namespace_has_only_what_was_made_in_it() {
+        let netns = Netns::new().unwrap();
+        netns
+            .run("ip link add br0 type bridge; ip addr add 10.1.2.3/24 dev br0; ip link set br0 up")
+            .unwrap();
+        let links = netns.run("ls /sys/class/net").unwrap();
+        assert!(links.contains("br0") && links.contains("lo"), "{links}");
+        assert!(!Path::new("/sys/class/net/br0").exists());
+        let other = Netns::new().unwrap();
+        assert!(!other.run("ls /sys/class/net").unwrap().contains("br0"));
+    }
+
+    #[test]
+    fn a_failed_line_is_an_error_with_its_reason() {
+        let error = Netns::new().unwrap().run("ip link show nosuch; true").unwrap_err().to_string();
+        assert!(error.contains("nosuch") && error.contains("exist"), "{error}");
+    }
+
+    #[test]
+    fn the_working_directory_stays() {
+        let here = env::current_dir().unwrap();
+        assert_eq!(Netns::new().unwrap().run("pwd").unwrap().trim_end(), here.to_str().unwrap());
+    }
+}
