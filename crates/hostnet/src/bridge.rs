@@ -73,7 +73,9 @@ impl HostNet {
                 if alias == BRIDGE_MARK && self.ports_of(name, ifindex).await?.is_empty() =>
             {
                 let removed = self.delete(name, ifindex).await?;
-                info!(bridge = name, ifindex, "bridge removed");
+                if removed {
+                    info!(bridge = name, ifindex, "bridge removed");
+                }
                 Ok(removed)
             }
             _ => Ok(false),

@@ -140,8 +140,8 @@ impl Error {
     }
 }
 
-pub(crate) const EPERM: i32 = 1;
+const EPERM: i32 = 1;
 pub(crate) const EBUSY: i32 = 16;
 pub(crate) const EEXIST: i32 = 17;
-pub(crate) const ENODEV: i32 = 19;
-pub(crate) const EOPNOTSUPP: i32 = 95;
+const ENODEV: i32 = 19;
+const EOPNOTSUPP: i32 = 95;

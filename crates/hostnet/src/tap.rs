@@ -5,7 +5,7 @@ use std::io;
 use sys::tap::{TapError, TapQueue};
 use tracing::info;
 
-use crate::error::{EBUSY, EPERM};
+use crate::error::EBUSY;
 use crate::link::{Kind, LinkState, TunState};
 use crate::netlink::Message;
 use crate::{Error, HostNet};
@@ -82,7 +82,9 @@ impl HostNet {
                 if alias == tap_mark(owner) =>
             {
                 let removed = self.delete(name, ifindex).await?;
-                info!(tap = name, ifindex, "TAP removed");
+                if removed {
+                    info!(tap = name, ifindex, "TAP removed");
+                }
                 Ok(removed)
             }
             _ => Ok(false),
@@ -115,7 +117,8 @@ impl HostNet {
             return Err(Error::WrongKind { name: name.clone(), kind: link.kind, wanted: "a TAP" });
         };
         let ours = is_ours(spec, link.alias.as_deref())?;
-        // Without multi-queue the kernel refuses a second holder itself; with it, the two would share the frames.
+        // Without multi-queue the kernel refuses a second holder itself; with it, the two would share the frames. So
+        // look before attaching, and again after it, for one that came between.
         if tun.queues > 0 {
             return Err(Error::Busy { name: name.clone() });
         }
@@ -182,10 +185,10 @@ async fn open_queues(spec: &TapSpec, multi_queue: bool, create: bool) -> Result<
     };
     // The tun driver waits for the kernel's network lock.
     let opened = tokio::task::spawn_blocking(open).await.expect("opening a TAP does not panic");
-    opened.map_err(|error| match error.raw_os_error() {
-        Some(EBUSY) => Error::Busy { name: spec.name.clone() },
-        Some(EPERM) => Error::Denied { doing: "attach to TAP", name: spec.name.clone() },
-        _ => Error::Tap(error),
+    opened.map_err(|error| match error {
+        TapError::Attach { name, source } if source.raw_os_error() == Some(EBUSY) => Error::Busy { name },
+        TapError::Attach { name, source } => Error::kernel("attach to TAP", &name, source),
+        other => Error::Tap(other),
     })
 }
 

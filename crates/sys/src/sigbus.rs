@@ -23,7 +23,8 @@
 //!
 //! A system call that touches such a page (`writev` from guest memory) raises no signal: it fails with EFAULT, or
 //! returns short. The caller has to treat that as a fault itself, see [`Faults::add`].
-//! A thread must not block SIGBUS: the kernel kills the process if it cannot deliver it.
+//! A thread must not block SIGBUS: the kernel kills the process if it cannot deliver it. The process must not lock its
+//! future memory (`mlockall`), or all of a replacement is populated at once.
 
 use std::fmt;
 use std::io;
@@ -35,9 +36,10 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 /// Most ranges that can be guarded at one time.
 pub const SLOTS_MAX: usize = 16_384;
 
-/// Most bytes that one fault replaces. Bounds the time in the handler where the pages behind the faulting one are
-/// still populated; a multiple of every common page size.
-pub const REPLACE_MAX: usize = 1 << 30;
+/// Most bytes that one fault replaces, or one page if that is larger. After a truncation the rest is not populated
+/// and costs nothing to replace. But a page can also be missing alone (its filesystem is full); then the populated
+/// pages behind it take the handler 34 µs a MiB, up to 9 ms.
+pub const REPLACE_MAX: usize = 256 << 20;
 
 /// Why a range cannot be guarded.
 #[derive(Debug, thiserror::Error)]

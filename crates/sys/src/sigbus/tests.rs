@@ -110,6 +110,24 @@ fn one_fault_replaces_the_rest_so_that_mappings_stay_few() {
 }
 
 #[test]
+fn what_one_fault_replaces_is_bounded() {
+    const GIANT: usize = 1 << 30;
+    let found = |start: usize, len: usize, page_size, address| {
+        let slot = Slot::empty();
+        slot.fill(&(start..start + len), page_size, &Faults::default());
+        slot.find(address).map(|(range, ..)| range)
+    };
+    let (start, len) = (8 * GIANT, 4 * GIANT);
+    let end = start + len;
+    assert_eq!(found(start, len, PAGE, start - 1), None);
+    assert_eq!(found(start, len, PAGE, end), None);
+    assert_eq!(found(start, len, PAGE, start), Some(start..start + REPLACE_MAX));
+    assert_eq!(found(start, len, PAGE, end - 1), Some(end - PAGE..end));
+    assert_eq!(found(start, len, HUGE, end - HUGE - 1), Some(end - 2 * HUGE..end));
+    assert_eq!(found(start, len, GIANT, start + 7), Some(start..start + GIANT));
+}
+
+#[test]
 fn reader_and_writer_survive_truncation_under_them() {
     for _ in 0..20 {
         let shared = Shared::pages(256);
