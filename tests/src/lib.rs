@@ -7,3 +7,5 @@
 pub mod deadline;
 pub mod netns;
 pub mod process;
+pub mod qemu;
+pub mod testpmd;
