@@ -99,12 +99,11 @@ impl Testpmd {
     /// Starts it with these devices; `lcores` is the main one and the forwarding ones, as `0,1`; `arguments` are testpmd's own, as
     /// `--forward-mode=txonly`. It waits at its prompt, and forwards after `start`.
     pub fn start(name: &str, lcores: &str, vdevs: &[String], arguments: &[&str]) -> Result<Self> {
-        // Its files in /run/dpdk are by prefix, and a second process of the same prefix would become a secondary.
-        let prefix = format!("{name}-{}", std::process::id());
         let mut command = Command::new("stdbuf");
+        // --no-shconf: no files in /run/dpdk, through which processes would find each other.
         command
             .args(["--output=L", "dpdk-testpmd", "--no-pci", "--no-huge", "-m", "512", "--no-telemetry"])
-            .args(["--file-prefix", &prefix, "-l", lcores]);
+            .args(["--no-shconf", "-l", lcores]);
         for vdev in vdevs {
             command.args(["--vdev", vdev]);
         }
@@ -148,8 +147,11 @@ impl Testpmd {
         wait_for_some("testpmd's prompt", timeout, || {
             self.process.check_running()?;
             let log = self.process.log()?;
-            let printed = log.get(before..).unwrap_or_default();
-            Ok(printed.strip_suffix(PROMPT).map(str::to_owned))
+            // Messages of other threads may follow the prompt.
+            Ok(log
+                .get(before..)
+                .and_then(|printed| printed.split_once(PROMPT))
+                .map(|(text, _)| text.to_owned()))
         })
     }
 }
