@@ -58,6 +58,28 @@ pub struct Counters {
     pub drops: Vec<(DropReason, u64)>,
 }
 
+impl Counters {
+    /// Adds another ring's.
+    pub fn add(&mut self, other: &Self) {
+        self.rx_frames += other.rx_frames;
+        self.rx_bytes += other.rx_bytes;
+        self.tx_frames += other.tx_frames;
+        self.tx_bytes += other.tx_bytes;
+        self.gso_frames += other.gso_frames;
+        for (reason, n) in &other.drops {
+            self.count_drop(*reason, *n);
+        }
+    }
+
+    /// Adds to one reason's number.
+    pub fn count_drop(&mut self, reason: DropReason, n: u64) {
+        match self.drops.iter_mut().find(|(have, _)| *have == reason) {
+            Some((_, have)) => *have += n,
+            None => self.drops.push((reason, n)),
+        }
+    }
+}
+
 /// One vring (or TAP queue) of a port.
 #[derive(Clone, Debug)]
 pub struct RingReport {
@@ -113,7 +135,7 @@ pub struct WorkerReport {
     pub cpu: Option<usize>,
     /// Passes over its rings.
     pub turns: u64,
-    /// Turns that found work, of all; 0.0..=1.0.
+    /// Time spent in turns that moved frames, of all; 0.0..=1.0.
     pub busy_ratio: f64,
     /// Frames taken from ports.
     pub frames: u64,

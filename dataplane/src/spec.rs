@@ -58,8 +58,6 @@ pub enum Link {
     },
     /// A TAP: the network's way to a Linux bridge, OVS or the host itself.
     Tap {
-        /// Interface name, for people.
-        name: String,
         /// Its queues, open and with a 12-byte vnet header.
         queues: Vec<TapQueue>,
     },

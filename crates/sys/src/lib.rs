@@ -9,5 +9,6 @@
 compile_error!("vhostd runs on 64-bit Linux only");
 
 pub mod call;
+pub mod clock;
 pub mod sigbus;
 pub mod tap;

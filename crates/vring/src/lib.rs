@@ -51,6 +51,9 @@ pub const SIZE_MAX: u16 = 32_768;
 /// Why a ring cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum RingError {
+    /// The port has no such queue.
+    #[error("there is no vring {0}: plug the port with more queues")]
+    Index(u16),
     /// Size not possible.
     #[error("a split ring cannot have {0} descriptors: use a power of two up to {SIZE_MAX}")]
     Size(u16),

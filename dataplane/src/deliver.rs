@@ -1,0 +1,268 @@
+//! Delivery: frames of a burst that have one destination go into its RX ring or its TAP.
+//!
+//! The virtio-net header travels as it is when the destination negotiated what it asks for. When not, the frame is
+//! gathered into private memory, its checksum completed or the frame segmented there, and the result delivered as a
+//! burst of its own: slow, and only then.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use sys::call::Caller;
+use vring::{BURST_MAX, Burst, Frames, HEADER_LEN, RxRing};
+use wire::{Offloads, VnetHeader, flow_hash};
+
+use crate::counters::RingCounters;
+use crate::drops::DropReason;
+use crate::events::Events;
+use crate::port::{Guest, Port, PortLink, RingSlot, Tap};
+
+/// What a worker needs to deliver. One per worker.
+pub(crate) struct Deliverer {
+    /// Index of the worker.
+    worker: u32,
+    pub(crate) caller: Caller,
+    /// The burst at hand has no frame that asks for an offload.
+    pub(crate) plain: bool,
+    /// Memory of the burst at hand turned out to be gone (EFAULT).
+    pub(crate) source_fault: bool,
+    software: Software,
+    /// For chains of more pieces than a system call takes.
+    gathered: Vec<u8>,
+    events: Arc<Events>,
+}
+
+impl Deliverer {
+    pub(crate) fn new(worker: u32, events: Arc<Events>) -> Self {
+        Self {
+            worker,
+            caller: Caller::new(),
+            plain: true,
+            source_fault: false,
+            software: Software::default(),
+            gathered: Vec::new(),
+            events,
+        }
+    }
+
+    /// Delivers the selected frames to `port`.
+    #[inline]
+    pub(crate) fn deliver(&mut self, port: &Port, burst: &Burst<'_>, select: &[u16]) {
+        if select.is_empty() {
+            return;
+        }
+        match &port.link {
+            PortLink::Guest(guest) => self.guest(port, guest, burst, select),
+            PortLink::Tap(tap) => self.tap(port, tap, burst, select),
+        }
+    }
+
+    #[inline]
+    fn guest(&mut self, port: &Port, guest: &Guest, burst: &Burst<'_>, select: &[u16]) {
+        match guest.active() {
+            0 => port.counters.drop(DropReason::GuestRxRingDisabled, select.len() as u64),
+            1 => self.queue(port, guest, guest.queue_for(0, 1), burst, select),
+            active => self.spread(port, guest, active, burst, select),
+        }
+    }
+
+    /// Several RX queues: a flow always goes to the same one, so that it keeps its order.
+    fn spread(&mut self, port: &Port, guest: &Guest, active: u16, burst: &Burst<'_>, select: &[u16]) {
+        let mut queues = [0u16; BURST_MAX];
+        for (queue, frame) in queues.iter_mut().zip(select) {
+            *queue = guest.queue_for(flow_hash(burst.prefix(usize::from(*frame))), active);
+        }
+        let queues = &queues[..select.len()];
+        for (first, queue) in queues.iter().enumerate() {
+            if queues[..first].contains(queue) {
+                continue;
+            }
+            let mut chosen = [0u16; BURST_MAX];
+            let mut count = 0;
+            for (frame, _) in select.iter().zip(queues).filter(|(_, q)| *q == queue) {
+                chosen[count] = *frame;
+                count += 1;
+            }
+            self.queue(port, guest, *queue, burst, &chosen[..count]);
+        }
+    }
+
+    #[inline]
+    fn queue(&mut self, port: &Port, guest: &Guest, queue: u16, burst: &Burst<'_>, select: &[u16]) {
+        let Some(pair) = guest.pairs.get(usize::from(queue)) else { return };
+        if self.plain {
+            return self.enqueue(port, &pair.rx, queue, burst, select);
+        }
+        let accepts = guest.accepts();
+        // Frames that need no help go as they are, in runs between those that do, so that order is kept.
+        let needs_help = |frame: &u16| {
+            !accepts.contains(VnetHeader::from_bytes(burst.header(usize::from(*frame))).needs())
+        };
+        let mut rest = select;
+        while let Some(first) = rest.first() {
+            if needs_help(first) {
+                self.help(port, &pair.rx, queue, burst, usize::from(*first), accepts);
+                rest = &rest[1..];
+            } else {
+                let run = rest.iter().position(needs_help).unwrap_or(rest.len());
+                self.enqueue(port, &pair.rx, queue, burst, &rest[..run]);
+                rest = &rest[run..];
+            }
+        }
+    }
+
+    /// Does for one frame what its receiver did not negotiate.
+    #[inline(never)]
+    fn help(
+        &mut self,
+        port: &Port,
+        slot: &RingSlot<RxRing>,
+        queue: u16,
+        burst: &Burst<'_>,
+        frame: usize,
+        accepts: Offloads,
+    ) {
+        let mut software = std::mem::take(&mut self.software);
+        if software.take(burst, frame, accepts) {
+            for parts in software.parts.chunks(BURST_MAX) {
+                let made = software
+                    .frames
+                    .load(parts.iter().map(|part| (&part.header, &software.bytes[part.start..part.end])));
+                let all: [u16; BURST_MAX] = std::array::from_fn(|i| u16::try_from(i).unwrap_or(0));
+                self.enqueue(port, slot, queue, &made, &all[..parts.len()]);
+            }
+        } else {
+            slot.counters().drop(DropReason::GsoUnsupported, 1);
+        }
+        self.software = software;
+    }
+
+    #[inline]
+    fn enqueue(
+        &mut self,
+        port: &Port,
+        slot: &RingSlot<RxRing>,
+        queue: u16,
+        burst: &Burst<'_>,
+        select: &[u16],
+    ) {
+        let mut state = slot.lock();
+        let enabled = state.enabled;
+        let Some(ring) = state.ring.as_mut().filter(|_| enabled) else {
+            return port.counters.drop(DropReason::GuestRxRingDisabled, select.len() as u64);
+        };
+        let counters = slot.counters();
+        match ring.enqueue(burst, select) {
+            Ok(done) => {
+                let gso = if self.plain { 0 } else { gso_frames(burst, select) };
+                counters.burst(done.frames.into(), done.bytes, gso.min(done.frames.into()));
+                if done.full | done.too_small | done.malformed | done.unmapped != 0 {
+                    counters.drop(DropReason::GuestRxRingFull, done.full.into());
+                    counters.drop(DropReason::GuestBufferTooSmall, done.too_small.into());
+                    counters.drop(DropReason::GuestDescriptorInvalid, done.malformed.into());
+                    counters.drop(DropReason::GuestUnmappedAddress, done.unmapped.into());
+                }
+                if done.call
+                    && let Some(call) = ring.call_fd()
+                {
+                    counters.calls.add(1);
+                    // A call that cannot be made is the guest's loss: its eventfd is no eventfd any more.
+                    let _ = self.caller.call(call);
+                }
+            }
+            Err(fault) => {
+                counters.drop(DropReason::GuestDescriptorInvalid, select.len() as u64);
+                if let Some(err) = ring.err_fd() {
+                    let _ = self.caller.call(err);
+                }
+                state.ring = None;
+                state.broken = Some(fault);
+                drop(state);
+                self.events.ring_broken(port, 2 * queue, fault);
+            }
+        }
+    }
+
+    /// A TAP takes every offload, since the kernel behind it does.
+    fn tap(&mut self, port: &Port, tap: &Tap, burst: &Burst<'_>, select: &[u16]) {
+        let Some(queue) = tap.queues.get(self.worker as usize % tap.queues.len().max(1)) else { return };
+        let (mut frames, mut bytes, mut gso) = (0, 0, 0);
+        for frame in select.iter().map(|frame| usize::from(*frame)) {
+            let header = VnetHeader::from_bytes(burst.header(frame));
+            if burst.frame_len(frame) > port.frame_max() && !header.is_gso() {
+                queue.tx.drop(DropReason::MtuExceeded, 1);
+                continue;
+            }
+            match burst.write_to(frame, queue.queue.as_fd(), &mut self.gathered) {
+                Ok(_) => {
+                    frames += 1;
+                    bytes += u64::from(burst.frame_len(frame));
+                    gso += u64::from(header.is_gso());
+                }
+                Err(error) => self.tap_refused(&queue.tx, &error),
+            }
+        }
+        queue.tx.burst(frames, bytes, gso);
+    }
+
+    #[cold]
+    fn tap_refused(&mut self, counters: &RingCounters, error: &std::io::Error) {
+        let reason = match error.raw_os_error().map(rustix::io::Errno::from_raw_os_error) {
+            Some(rustix::io::Errno::AGAIN | rustix::io::Errno::NOBUFS) => DropReason::TapQueueFull,
+            // The kernel found guest memory missing, or could not make sense of the offload.
+            Some(rustix::io::Errno::FAULT) => {
+                self.source_fault = true;
+                DropReason::GuestUnmappedAddress
+            }
+            Some(rustix::io::Errno::INVAL) => DropReason::BadOffload,
+            _ => DropReason::TapError,
+        };
+        counters.drop(reason, 1);
+    }
+}
+
+fn gso_frames(burst: &Burst<'_>, select: &[u16]) -> u64 {
+    let gso = |frame: &&u16| VnetHeader::from_bytes(burst.header(usize::from(**frame))).is_gso();
+    select.iter().filter(gso).count() as u64
+}
+
+/// Room for what software makes of one frame.
+#[derive(Default)]
+struct Software {
+    gathered: Vec<u8>,
+    bytes: Vec<u8>,
+    parts: Vec<Part>,
+    frames: Frames,
+}
+
+/// One frame in [`Software::bytes`].
+struct Part {
+    header: [u8; HEADER_LEN],
+    start: usize,
+    end: usize,
+}
+
+impl Software {
+    /// Makes of frame `frame` one or more frames that `accepts` suffices for. False if that cannot be done.
+    fn take(&mut self, burst: &Burst<'_>, frame: usize, accepts: Offloads) -> bool {
+        self.gathered.clear();
+        self.bytes.clear();
+        self.parts.clear();
+        burst.gather(frame, &mut self.gathered);
+        let header = VnetHeader::from_bytes(burst.header(frame));
+        if header.is_gso() {
+            let (bytes, parts) = (&mut self.bytes, &mut self.parts);
+            let with_checksum = !accepts.contains(Offloads::CSUM);
+            let cut = wire::segment(&self.gathered, &header, with_checksum, |header, head, payload| {
+                let start = bytes.len();
+                bytes.extend_from_slice(head);
+                bytes.extend_from_slice(payload);
+                parts.push(Part { header: header.to_bytes(), start, end: bytes.len() });
+            });
+            return cut.is_ok();
+        }
+        let completed = wire::checksum::complete(&mut self.gathered, &header);
+        std::mem::swap(&mut self.bytes, &mut self.gathered);
+        self.parts.push(Part { header: VnetHeader::PLAIN.to_bytes(), start: 0, end: self.bytes.len() });
+        completed.is_ok()
+    }
+}

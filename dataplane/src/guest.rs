@@ -1,0 +1,299 @@
+//! The vhost-user device of a port: what its session asks of the rings. Runs on the session thread.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use sys::call::Caller;
+use vhost_user::{Device, NetConfig, Offer, Peer, Refusal};
+use vring::features::*;
+use vring::{GuestMemory, RingError, RingFault, RingSetup, RxRing, TxRing};
+use wire::Mac;
+
+use crate::MTU_MIN;
+use crate::events::Events;
+use crate::port::{Guest, Port, QUEUE_PAIRS_MAX, QueuePair, RingState};
+use crate::report::EventKind;
+use crate::worker::{Command, WorkerShared, key};
+
+/// Features that every vhost-user port offers. CTRL_VQ and what belongs to it is offered so that front ends may offer
+/// it; they keep the queue to themselves.
+const OFFERED: u64 = 1 << CSUM
+    | 1 << GUEST_CSUM
+    | 1 << MTU
+    | 1 << GUEST_TSO4
+    | 1 << GUEST_TSO6
+    | 1 << GUEST_ECN
+    | 1 << HOST_TSO4
+    | 1 << HOST_TSO6
+    | 1 << HOST_ECN
+    | 1 << MRG_RXBUF
+    | 1 << STATUS
+    | 1 << CTRL_VQ
+    | 1 << CTRL_RX
+    | 1 << GUEST_ANNOUNCE
+    | 1 << MQ
+    | 1 << ANY_LAYOUT
+    | 1 << INDIRECT_DESC
+    | 1 << EVENT_IDX
+    | 1 << PROTOCOL_FEATURES
+    | 1 << VERSION_1
+    | 1 << IN_ORDER
+    | 1 << ORDER_PLATFORM;
+
+/// Protocol features, by bit (vhost-user specification, "Protocol features"): MQ, RARP, REPLY_ACK, NET_MTU, BACKEND_REQ,
+/// CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS.
+const OFFERED_PROTOCOL: u64 =
+    1 << 0 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 9 | 1 << 13 | 1 << 15 | 1 << 16;
+
+/// Link is up (virtio 1.2, 5.1.4, VIRTIO_NET_S_LINK_UP).
+const LINK_UP: u16 = 1;
+
+/// The device.
+pub(crate) struct GuestDevice {
+    port: Arc<Port>,
+    workers: Arc<[Arc<WorkerShared>]>,
+    events: Arc<Events>,
+    /// What the port was made with; a front end may ask for less.
+    mtu_max: u16,
+    caller: Caller,
+}
+
+impl GuestDevice {
+    pub(crate) fn new(port: Arc<Port>, workers: Arc<[Arc<WorkerShared>]>, events: Arc<Events>) -> Self {
+        let mtu_max = port.mtu.load(Ordering::Relaxed);
+        Self { port, workers, events, mtu_max, caller: Caller::new() }
+    }
+
+    fn guest(&self) -> &Guest {
+        self.port.guest().expect("a GuestDevice is made for vhost-user ports")
+    }
+
+    /// The pair that a vring belongs to.
+    fn pair(&self, index: u16) -> Option<&QueuePair> {
+        self.guest().pairs.get(usize::from(index / 2))
+    }
+
+    fn worker(&self, pair: &QueuePair) -> &Arc<WorkerShared> {
+        &self.workers[pair.tx.worker.load(Ordering::Relaxed) as usize % self.workers.len()]
+    }
+
+    fn start_rx(
+        &self,
+        pair: &QueuePair,
+        setup: RingSetup,
+        memory: &Arc<GuestMemory>,
+    ) -> Result<(), RingError> {
+        let enabled = setup.enabled;
+        let ring = Box::new(RxRing::start(setup, memory)?);
+        *pair.rx.lock() = RingState { ring: Some(ring), enabled, broken: None };
+        Ok(())
+    }
+
+    fn start_tx(
+        &self,
+        queue: u16,
+        pair: &QueuePair,
+        setup: RingSetup,
+        memory: &Arc<GuestMemory>,
+    ) -> Result<(), RingError> {
+        let enabled = setup.enabled;
+        let ring = Box::new(TxRing::start(setup, memory)?);
+        let worker = self.worker(pair);
+        if let Some(kick) = ring.kick_fd()
+            && let Err(error) = worker.watch(kick, key(&self.port, queue))
+        {
+            tracing::warn!(port = self.port.name, queue, %error, "cannot watch the kick fd: the ring starts late");
+        }
+        *pair.tx.lock() = RingState { ring: Some(ring), enabled, broken: None };
+        let (done, _) = std::sync::mpsc::channel();
+        worker.send(Command::Add { port: self.port.clone(), queue, done });
+        Ok(())
+    }
+
+    fn stop_tx(&self, pair: &QueuePair) -> Option<u16> {
+        let ring = pair.tx.lock().ring.take()?;
+        if let Some(kick) = ring.kick_fd() {
+            self.worker(pair).unwatch(kick);
+        }
+        Some(ring.base())
+    }
+
+    /// Works out which RX queues take frames and whether the port is linked, and tells of a change.
+    fn relink(&self) {
+        let guest = self.guest();
+        let runs = |(queue, pair): (u8, &QueuePair)| {
+            let state = pair.rx.lock();
+            (state.enabled && state.ring.is_some()).then_some(queue)
+        };
+        guest.set_active((0..).zip(&guest.pairs).filter_map(runs));
+        let sends = guest.pairs.iter().any(|pair| {
+            let state = pair.tx.lock();
+            state.enabled && state.ring.is_some()
+        });
+        let linked = sends && guest.active() != 0;
+        if guest.linked.swap(linked, Ordering::Relaxed) != linked {
+            self.events.tell(&self.port, if linked { EventKind::Linked } else { EventKind::Unlinked });
+        }
+    }
+
+    fn broke(
+        &self,
+        index: u16,
+        err: Option<std::os::fd::BorrowedFd<'_>>,
+        fault: RingFault,
+        caller: &mut Caller,
+    ) {
+        if let Some(err) = err {
+            let _ = caller.call(err);
+        }
+        self.events.ring_broken(&self.port, index, fault);
+    }
+}
+
+impl Device for GuestDevice {
+    fn offer(&self) -> Offer {
+        let mac = u64::from(self.guest().mac.is_some()) << MAC;
+        Offer { features: OFFERED | mac, protocol_features: OFFERED_PROTOCOL, queue_pairs: QUEUE_PAIRS_MAX }
+    }
+
+    fn config(&self) -> NetConfig {
+        NetConfig {
+            mac: self.guest().mac,
+            status: LINK_UP,
+            max_queue_pairs: u16::try_from(self.guest().pairs.len()).unwrap_or(QUEUE_PAIRS_MAX),
+            mtu: Some(self.port.mtu.load(Ordering::Relaxed)),
+        }
+    }
+
+    fn connected(&mut self, _peer: Peer) {
+        self.port.mtu.store(self.mtu_max, Ordering::Relaxed);
+        self.events.tell(&self.port, EventKind::Connected);
+    }
+
+    fn set_features(&mut self, features: u64) {
+        self.guest().set_features(features);
+    }
+
+    fn set_mtu(&mut self, mtu: u64) -> Result<(), Refusal> {
+        let refusal = Refusal::Mtu { asked: mtu, min: MTU_MIN, max: self.mtu_max };
+        let possible = u16::try_from(mtu).ok().filter(|mtu| (MTU_MIN..=self.mtu_max).contains(mtu));
+        self.port.mtu.store(possible.ok_or(refusal)?, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn send_rarp(&mut self, mac: [u8; 6]) -> Result<(), Refusal> {
+        let address = Mac::new(mac);
+        if address.is_multicast() || address.is_zero() || self.guest().mac.is_some_and(|own| own != mac) {
+            return Err(Refusal::Mac(mac));
+        }
+        let Some(pair) = self.pair(0) else { return Err(Refusal::Mac(mac)) };
+        self.worker(pair).send(Command::Announce { port: self.port.clone(), mac });
+        self.events.tell(&self.port, EventKind::Announced(mac));
+        Ok(())
+    }
+
+    fn start_ring(
+        &mut self,
+        index: u16,
+        setup: RingSetup,
+        memory: &Arc<GuestMemory>,
+    ) -> Result<(), RingError> {
+        let pair = self.pair(index).ok_or(RingError::Index(index))?;
+        if index.is_multiple_of(2) {
+            self.start_rx(pair, setup, memory)?;
+        } else {
+            self.start_tx(index / 2, pair, setup, memory)?;
+        }
+        self.relink();
+        Ok(())
+    }
+
+    fn stop_ring(&mut self, index: u16) -> Option<u16> {
+        let pair = self.pair(index)?;
+        let base = if index.is_multiple_of(2) {
+            let stopped = pair.rx.lock().ring.take();
+            stopped.map(|ring| ring.base())
+        } else {
+            self.stop_tx(pair)
+        };
+        self.relink();
+        base
+    }
+
+    fn enable_ring(&mut self, index: u16, enabled: bool) {
+        let Some(pair) = self.pair(index) else { return };
+        if index.is_multiple_of(2) {
+            pair.rx.lock().enabled = enabled;
+        } else {
+            pair.tx.lock().enabled = enabled;
+        }
+        self.relink();
+    }
+
+    fn set_call(&mut self, index: u16, call: Option<OwnedFd>) {
+        let mut caller = std::mem::take(&mut self.caller);
+        if let Some(pair) = self.pair(index) {
+            // What was used before may have been signalled on the old fd only: signal the new one once.
+            if let Some(call) = &call {
+                use std::os::fd::AsFd;
+                let _ = caller.call(call.as_fd());
+            }
+            if index.is_multiple_of(2) {
+                if let Some(ring) = pair.rx.lock().ring.as_mut() {
+                    ring.set_call(call);
+                }
+            } else if let Some(ring) = pair.tx.lock().ring.as_mut() {
+                ring.set_call(call);
+            }
+        }
+        self.caller = caller;
+    }
+
+    fn set_err(&mut self, index: u16, err: Option<OwnedFd>) {
+        let Some(pair) = self.pair(index) else { return };
+        if index.is_multiple_of(2) {
+            if let Some(ring) = pair.rx.lock().ring.as_mut() {
+                ring.set_err(err);
+            }
+        } else if let Some(ring) = pair.tx.lock().ring.as_mut() {
+            ring.set_err(err);
+        }
+    }
+
+    fn set_memory(&mut self, memory: &Arc<GuestMemory>) {
+        let mut caller = std::mem::take(&mut self.caller);
+        for (queue, pair) in (0u16..).zip(&self.guest().pairs) {
+            let mut rx = pair.rx.lock();
+            if let Some(Err(fault)) = rx.ring.as_mut().map(|ring| ring.set_memory(memory)) {
+                let ring = rx.ring.take();
+                rx.broken = Some(fault);
+                drop(rx);
+                self.broke(2 * queue, ring.as_ref().and_then(|r| r.err_fd()), fault, &mut caller);
+            }
+            let mut tx = pair.tx.lock();
+            if let Some(Err(fault)) = tx.ring.as_mut().map(|ring| ring.set_memory(memory)) {
+                let ring = tx.ring.take();
+                tx.broken = Some(fault);
+                drop(tx);
+                if let Some(kick) = ring.as_ref().and_then(|r| r.kick_fd()) {
+                    self.worker(pair).unwatch(kick);
+                }
+                self.broke(2 * queue + 1, ring.as_ref().and_then(|r| r.err_fd()), fault, &mut caller);
+            }
+        }
+        self.caller = caller;
+        self.relink();
+    }
+
+    fn disconnected(&mut self) {
+        for pair in &self.guest().pairs {
+            *pair.rx.lock() = RingState { ring: None, enabled: false, broken: None };
+            self.stop_tx(pair);
+            *pair.tx.lock() = RingState { ring: None, enabled: false, broken: None };
+        }
+        self.guest().set_features(0);
+        self.relink();
+        self.events.tell(&self.port, EventKind::Disconnected);
+    }
+}

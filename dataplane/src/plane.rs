@@ -1,0 +1,465 @@
+//! The handle that control holds: threads, ports, networks.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use vhost_user::{EndpointError, EndpointId, Limits, Sessions};
+
+use crate::counters::RingCounters;
+use crate::events::Events;
+use crate::guest::GuestDevice;
+use crate::port::{Guest, Port, PortLink, QUEUE_PAIRS_MAX, RingSlot, Tap, TapPort};
+use crate::report::{Counters, FdbEntry, PortId, PortReport, RingReport, WorkerReport};
+use crate::spec::{Config, Link, PortSpec};
+use crate::switch::Network;
+use crate::worker::{Command, Worker, WorkerShared};
+use crate::{MTU_MAX, MTU_MIN};
+
+/// Addresses that a TAP may teach: a whole LAN may be behind it.
+const TAP_FDB_MAX: u32 = 65_536;
+/// How long a worker may take to answer a command before we say so instead of waiting for ever.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why a port cannot be added or the dataplane cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A port of that name is there.
+    #[error("port {0} exists already")]
+    Exists(String),
+    /// The socket cannot be served.
+    #[error("port {name}: {cause}")]
+    Endpoint {
+        /// Port.
+        name: String,
+        /// Why.
+        cause: EndpointError,
+    },
+    /// The system refused a thread or descriptor.
+    #[error("{what}: {cause}")]
+    System {
+        /// What was tried.
+        what: String,
+        /// Why not.
+        cause: io::Error,
+    },
+    /// Out of bounds.
+    #[error("port {name}: {field} is {value}, it must be in {range}")]
+    Bounds {
+        /// Port.
+        name: String,
+        /// Which field.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+        /// What is possible.
+        range: &'static str,
+    },
+    /// No slot left.
+    #[error("port {name}: network {network} is full; use another network")]
+    NetworkFull {
+        /// Port.
+        name: String,
+        /// Network.
+        network: String,
+    },
+}
+
+/// The running dataplane: workers, sessions, networks. Dropping it stops every ring and ends the threads.
+pub struct Dataplane {
+    // Dropped first: sessions stop rings while workers still run.
+    sessions: Option<Sessions>,
+    workers: Arc<[Arc<WorkerShared>]>,
+    threads: Vec<JoinHandle<()>>,
+    events: Arc<Events>,
+    fdb_port_max: u32,
+    started: Instant,
+    started_cycles: u64,
+    next_id: AtomicU32,
+    next_worker: AtomicU32,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    ports: BTreeMap<PortId, Entry>,
+    networks: HashMap<String, Arc<Network>>,
+}
+
+struct Entry {
+    port: Arc<Port>,
+    endpoint: Option<EndpointId>,
+}
+
+impl Dataplane {
+    /// Starts the workers and the session thread.
+    pub fn start(config: Config) -> Result<Self, Error> {
+        let system = |what: &str, cause: io::Error| Error::System { what: what.into(), cause };
+        let events = Arc::new(Events { sink: config.on_event });
+        let started = now();
+        let cpus: Vec<_> =
+            if config.cpus.is_empty() { vec![None] } else { config.cpus.iter().copied().map(Some).collect() };
+        let shared = (0..).zip(cpus).map(|(index, cpu)| WorkerShared::new(index, cpu).map(Arc::new));
+        let workers: Arc<[_]> =
+            shared.collect::<io::Result<_>>().map_err(|e| system("epoll of a worker", e))?;
+        let mut plane = Self {
+            sessions: None,
+            workers: workers.clone(),
+            threads: Vec::new(),
+            events: events.clone(),
+            fdb_port_max: config.fdb_port_max,
+            started,
+            started_cycles: sys::clock::cycles(),
+            next_id: AtomicU32::new(1),
+            next_worker: AtomicU32::new(0),
+            state: Mutex::default(),
+        };
+        for shared in workers.iter() {
+            let worker = Worker::new(shared.clone(), config.poll, config.ageing, started, events.clone());
+            let thread = spawn(shared.clone(), worker).map_err(|e| system("thread of a worker", e))?;
+            plane.threads.push(thread);
+        }
+        let sessions = Sessions::start(Limits::default(), Box::new(|_, _| {}));
+        plane.sessions = Some(sessions.map_err(|e| system("session thread", e))?);
+        Ok(plane)
+    }
+
+    /// Adds a port; when it returns, its socket accepts or is being dialled, or its TAP is polled.
+    pub fn add_port(&self, spec: PortSpec) -> Result<PortId, Error> {
+        check_bounds(&spec)?;
+        let id = PortId(self.next_id.fetch_add(1, Ordering::Relaxed));
+        let (link, endpoint) = self.prepare(spec.link);
+        let port = {
+            let mut state = self.state();
+            if state.ports.values().any(|e| e.port.name == spec.name) {
+                return Err(Error::Exists(spec.name));
+            }
+            let network = state.networks.entry(spec.network.clone());
+            let network = network.or_insert_with(|| Arc::new(Network::new(spec.network.clone()))).clone();
+            let fdb_max = if endpoint.is_some() { self.fdb_port_max } else { TAP_FDB_MAX };
+            let port = network.clone().add(|slot| {
+                Arc::new(Port {
+                    id,
+                    name: spec.name.clone(),
+                    network,
+                    slot,
+                    mtu: AtomicU16::new(spec.mtu),
+                    fdb_max,
+                    counters: RingCounters::default(),
+                    link,
+                })
+            });
+            let port = port.ok_or(Error::NetworkFull { name: spec.name, network: spec.network })?;
+            state.ports.insert(id, Entry { port: port.clone(), endpoint: None });
+            port
+        };
+        let started = match endpoint {
+            Some(endpoint) => self.serve(&port, endpoint),
+            None => self.poll_tap(&port),
+        };
+        if let Err(error) = started {
+            self.remove_port(id);
+            return Err(error);
+        }
+        Ok(id)
+    }
+
+    /// Removes a port: rings stopped, memory unmapped, socket file gone. False if there is none.
+    pub fn remove_port(&self, id: PortId) -> bool {
+        let Some(Entry { port, endpoint }) = self.state().ports.remove(&id) else { return false };
+        if let (Some(sessions), Some(endpoint)) = (&self.sessions, endpoint) {
+            sessions.remove(endpoint);
+        }
+        let (done, dones) = mpsc::channel();
+        for worker in self.workers.iter() {
+            worker.send(Command::Remove { port: port.clone(), done: done.clone() });
+        }
+        for _ in self.workers.iter() {
+            if dones.recv_timeout(COMMAND_TIMEOUT).is_err() {
+                tracing::error!(port = port.name, "a worker does not answer: the port is removed without it");
+            }
+        }
+        // Nobody polls the port any more, so nobody learns its addresses again after this.
+        port.network.remove(port.slot);
+        let mut state = self.state();
+        if !state.ports.values().any(|e| Arc::ptr_eq(&e.port.network, &port.network)) {
+            state.networks.remove(&port.network.name);
+        }
+        true
+    }
+
+    /// One port.
+    pub fn port(&self, id: PortId) -> Option<PortReport> {
+        let (port, endpoint) = self.state().ports.get(&id).map(|e| (e.port.clone(), e.endpoint))?;
+        Some(self.report(&port, endpoint))
+    }
+
+    /// All ports, by number.
+    pub fn ports(&self) -> Vec<PortReport> {
+        let ports: Vec<_> = self.state().ports.values().map(|e| (e.port.clone(), e.endpoint)).collect();
+        ports.iter().map(|(port, endpoint)| self.report(port, *endpoint)).collect()
+    }
+
+    /// All workers.
+    pub fn workers(&self) -> Vec<WorkerReport> {
+        let ports: Vec<_> = self.state().ports.values().map(|e| e.port.clone()).collect();
+        self.workers.iter().map(|worker| self.report_worker(worker, &ports)).collect()
+    }
+
+    /// A number per worker that grows as long as it works (or sleeps for want of work): a watchdog compares two readings.
+    pub fn heartbeats(&self) -> Vec<u64> {
+        self.workers.iter().map(|w| w.heartbeat()).collect()
+    }
+
+    /// Learned addresses of all networks.
+    pub fn fdb(&self) -> Vec<FdbEntry> {
+        let networks: Vec<_> = self.state().networks.values().cloned().collect();
+        let now_s = u32::try_from(now().duration_since(self.started).as_secs()).unwrap_or(u32::MAX);
+        let mut all = Vec::new();
+        for network in networks {
+            let table = network.table();
+            for (mac, slot, age_s) in network.fdb.entries(now_s) {
+                let Some(Some(port)) = table.get(usize::from(slot)) else { continue };
+                all.push(FdbEntry {
+                    network: network.name.clone(),
+                    mac: mac.octets(),
+                    port: port.id,
+                    port_name: port.name.clone(),
+                    age_s,
+                });
+            }
+        }
+        all.sort_by(|a, b| (&a.network, a.mac).cmp(&(&b.network, b.mac)));
+        all
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Places a link's queues on workers, in turn.
+    fn prepare(&self, link: Link) -> (PortLink, Option<vhost_user::Endpoint>) {
+        let workers = u32::try_from(self.workers.len()).unwrap_or(1);
+        let next = || self.next_worker.fetch_add(1, Ordering::Relaxed) % workers;
+        match link {
+            Link::VhostUser { endpoint, mac, queue_pairs } => {
+                let guest = Guest::new(mac, queue_pairs);
+                let first = next();
+                for (n, pair) in (0u32..).zip(&guest.pairs) {
+                    let worker = (first + n) % workers;
+                    pair.rx.worker.store(worker, Ordering::Relaxed);
+                    pair.tx.worker.store(worker, Ordering::Relaxed);
+                }
+                (PortLink::Guest(guest), Some(endpoint))
+            }
+            Link::Tap { queues } => {
+                let queue = |queue| TapPort {
+                    queue,
+                    worker: AtomicU32::new(next()),
+                    rx: RingCounters::default(),
+                    tx: RingCounters::default(),
+                };
+                (PortLink::Tap(Tap { queues: queues.into_iter().map(queue).collect() }), None)
+            }
+        }
+    }
+
+    fn serve(&self, port: &Arc<Port>, endpoint: vhost_user::Endpoint) -> Result<(), Error> {
+        let Some(sessions) = &self.sessions else { return Ok(()) };
+        let device = GuestDevice::new(port.clone(), self.workers.clone(), self.events.clone());
+        let id = sessions.add(endpoint, Box::new(device));
+        let id = id.map_err(|cause| Error::Endpoint { name: port.name.clone(), cause })?;
+        if let Some(entry) = self.state().ports.get_mut(&port.id) {
+            entry.endpoint = Some(id);
+        }
+        Ok(())
+    }
+
+    fn poll_tap(&self, port: &Arc<Port>) -> Result<(), Error> {
+        let PortLink::Tap(tap) = &port.link else { return Ok(()) };
+        for (queue, tap) in (0u16..).zip(&tap.queues) {
+            let (done, answer) = mpsc::channel();
+            let worker = &self.workers[tap.worker.load(Ordering::Relaxed) as usize];
+            worker.send(Command::Add { port: port.clone(), queue, done });
+            answer.recv_timeout(COMMAND_TIMEOUT).map_err(|_| Error::System {
+                what: format!("port {}: worker {} does not answer", port.name, worker.index),
+                cause: io::ErrorKind::TimedOut.into(),
+            })?;
+        }
+        Ok(())
+    }
+
+    fn report(&self, port: &Port, endpoint: Option<EndpointId>) -> PortReport {
+        let session = endpoint.and_then(|id| self.sessions.as_ref()?.status(id));
+        let mut counters = Counters::default();
+        port.counters.add_to(&mut counters, false);
+        let rings = match &port.link {
+            PortLink::Guest(guest) => guest_rings(guest),
+            PortLink::Tap(tap) => tap_rings(tap),
+        };
+        for ring in &rings {
+            counters.add(&ring.counters);
+        }
+        let linked = port.linked() && !rings.iter().all(|ring| ring.broken.is_some());
+        PortReport {
+            id: port.id,
+            name: port.name.clone(),
+            network: port.network.name.clone(),
+            mtu: port.mtu.load(Ordering::Relaxed),
+            linked,
+            forwarding: linked,
+            session,
+            counters,
+            rings,
+        }
+    }
+
+    fn report_worker(&self, worker: &WorkerShared, ports: &[Arc<Port>]) -> WorkerReport {
+        let [turns, bursts, frames, busy] = {
+            let stats = &worker.stats;
+            [&stats.turns, &stats.bursts, &stats.frames, &stats.busy_cycles]
+                .map(|n| n.load(Ordering::Relaxed))
+        };
+        let total = sys::clock::cycles().saturating_sub(self.started_cycles);
+        WorkerReport {
+            cpu: worker.cpu,
+            turns,
+            busy_ratio: ratio(busy, total),
+            frames,
+            frames_per_burst: ratio(frames, bursts),
+            cycles_per_frame: ratio(busy, frames),
+            vrings: ports.iter().flat_map(|port| polled_by(port, worker.index)).collect(),
+        }
+    }
+}
+
+impl Drop for Dataplane {
+    fn drop(&mut self) {
+        self.sessions = None;
+        for worker in self.workers.iter() {
+            worker.send(Command::Stop);
+        }
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn spawn(shared: Arc<WorkerShared>, worker: Worker) -> io::Result<JoinHandle<()>> {
+    let name = format!("worker-{}", shared.index);
+    std::thread::Builder::new().name(name).spawn(move || {
+        if let Some(cpu) = shared.cpu {
+            let mut set = rustix::thread::CpuSet::new();
+            set.set(cpu);
+            if let Err(error) = rustix::thread::sched_setaffinity(None, &set) {
+                tracing::error!(cpu, %error, "cannot pin the worker to this lcore; it runs where it may");
+            }
+        }
+        worker.run();
+    })
+}
+
+fn check_bounds(spec: &PortSpec) -> Result<(), Error> {
+    let bounds = |field, value: u64, range| Error::Bounds { name: spec.name.clone(), field, value, range };
+    if !(MTU_MIN..=MTU_MAX).contains(&spec.mtu) {
+        return Err(bounds("mtu", spec.mtu.into(), "68..=9216"));
+    }
+    match &spec.link {
+        Link::VhostUser { queue_pairs, .. } if !(1..=QUEUE_PAIRS_MAX).contains(queue_pairs) => {
+            Err(bounds("queues", (*queue_pairs).into(), "1..=128"))
+        }
+        Link::Tap { queues, .. } if queues.is_empty() || queues.len() > usize::from(QUEUE_PAIRS_MAX) => {
+            Err(bounds("queues", queues.len() as u64, "1..=128"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Rings that ever ran, in vring order.
+fn guest_rings(guest: &Guest) -> Vec<RingReport> {
+    let mut rings = Vec::new();
+    for (pair, n) in guest.pairs.iter().zip(0u16..) {
+        let rx = pair.rx.lock().ring.as_ref().map(|r| r.size());
+        rings.extend(ring_report(&pair.rx, 2 * n, rx, false));
+        let tx = pair.tx.lock().ring.as_ref().map(|r| r.size());
+        rings.extend(ring_report(&pair.tx, 2 * n + 1, tx, true));
+    }
+    rings
+}
+
+fn ring_report<R>(slot: &RingSlot<R>, index: u16, size: Option<u16>, from_port: bool) -> Option<RingReport> {
+    let counted = slot.counters_if_any();
+    if size.is_none() && counted.is_none() {
+        return None;
+    }
+    let mut counters = Counters::default();
+    if let Some(counted) = counted {
+        counted.add_to(&mut counters, from_port);
+    }
+    let state = slot.lock();
+    Some(RingReport {
+        index,
+        started: size.is_some(),
+        enabled: state.enabled,
+        broken: state.broken.map(|fault| fault.to_string()),
+        size: size.unwrap_or(0),
+        worker: slot.worker.load(Ordering::Relaxed) as usize,
+        counters,
+        kicks: counted.map_or(0, |c| c.kicks.read()),
+        calls: counted.map_or(0, |c| c.calls.read()),
+        bursts: counted.map_or(0, |c| c.bursts.read()),
+    })
+}
+
+fn tap_rings(tap: &Tap) -> Vec<RingReport> {
+    let report = |(index, queue): (u16, &TapPort)| {
+        let mut counters = Counters::default();
+        queue.rx.add_to(&mut counters, true);
+        queue.tx.add_to(&mut counters, false);
+        RingReport {
+            index,
+            started: true,
+            enabled: true,
+            broken: None,
+            size: 0,
+            worker: queue.worker.load(Ordering::Relaxed) as usize,
+            counters,
+            kicks: 0,
+            calls: 0,
+            bursts: queue.rx.bursts.read() + queue.tx.bursts.read(),
+        }
+    };
+    (0u16..).zip(&tap.queues).map(report).collect()
+}
+
+/// "port/index" of what a worker polls of a port.
+fn polled_by(port: &Port, worker: u32) -> Vec<String> {
+    let name = |index: u16| format!("{}/{index}", port.name);
+    match &port.link {
+        PortLink::Guest(guest) => (0u16..)
+            .zip(&guest.pairs)
+            .filter(|(_, pair)| {
+                pair.tx.worker.load(Ordering::Relaxed) == worker && pair.tx.lock().ring.is_some()
+            })
+            .map(|(n, _)| name(2 * n + 1))
+            .collect(),
+        PortLink::Tap(tap) => (0u16..)
+            .zip(&tap.queues)
+            .filter(|(_, queue)| queue.worker.load(Ordering::Relaxed) == worker)
+            .map(|(n, _)| name(n))
+            .collect(),
+    }
+}
+
+#[allow(clippy::cast_precision_loss)]
+fn ratio(part: u64, whole: u64) -> f64 {
+    if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
+}
+
+#[allow(clippy::disallowed_methods)]
+fn now() -> Instant {
+    Instant::now()
+}

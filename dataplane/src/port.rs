@@ -1,0 +1,206 @@
+//! A port: what workers, the session thread and control share of it.
+//!
+//! Each ring stands behind a lock of its own. A worker takes the lock for one burst; the session thread takes it to
+//! start, stop or change the ring. So when the session thread has stopped a ring, no worker touches it any more, and
+//! nobody needs to be asked. Uncontended, the lock is two atomic operations a burst.
+//!
+//! A worker holds the lock of the TX ring it polls while it takes those of the RX rings it delivers to, one at a time.
+//! Nobody takes a TX lock while holding an RX lock, so there is no cycle.
+
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use sys::tap::TapQueue;
+use vring::{RingFault, RxRing, TxRing};
+use wire::Offloads;
+
+use crate::counters::RingCounters;
+use crate::report::PortId;
+use crate::switch::Network;
+
+/// Queue pairs of a port at the most.
+pub(crate) const QUEUE_PAIRS_MAX: u16 = 128;
+
+/// A port of a network.
+pub(crate) struct Port {
+    pub(crate) id: PortId,
+    pub(crate) name: String,
+    pub(crate) network: Arc<Network>,
+    /// Its number within the network, for the FDB.
+    pub(crate) slot: u16,
+    /// Largest payload of an Ethernet frame, bytes. A front end may lower it (NET_SET_MTU).
+    pub(crate) mtu: AtomicU16,
+    /// Addresses it may teach.
+    pub(crate) fdb_max: u32,
+    /// Drops that belong to no ring.
+    pub(crate) counters: RingCounters,
+    pub(crate) link: PortLink,
+}
+
+/// What is behind it.
+pub(crate) enum PortLink {
+    Guest(Guest),
+    Tap(Tap),
+}
+
+/// A guest's rings.
+pub(crate) struct Guest {
+    pub(crate) mac: Option<[u8; 6]>,
+    /// RX ring and TX ring of each queue pair.
+    pub(crate) pairs: Box<[QueuePair]>,
+    /// What the guest accepts on its RX rings, and may ask for on its TX rings: bits of [`Offloads`].
+    accepts: AtomicU8,
+    sends: AtomicU8,
+    /// RX queues that take frames: the first `rx_active_len` of `rx_active`.
+    rx_active: Box<[AtomicU8]>,
+    rx_active_len: AtomicU16,
+    pub(crate) linked: AtomicBool,
+}
+
+/// One queue pair.
+#[derive(Default)]
+pub(crate) struct QueuePair {
+    pub(crate) rx: RingSlot<RxRing>,
+    pub(crate) tx: RingSlot<TxRing>,
+}
+
+/// Where a ring runs, or does not.
+pub(crate) struct RingSlot<R> {
+    state: Mutex<RingState<R>>,
+    /// Made when the ring first starts; kept for the life of the port.
+    counters: OnceLock<Box<RingCounters>>,
+    /// Worker that polls the queue pair.
+    pub(crate) worker: AtomicU32,
+}
+
+/// A ring and what the session says of it.
+pub(crate) struct RingState<R> {
+    pub(crate) ring: Option<Box<R>>,
+    pub(crate) enabled: bool,
+    /// Why it was stopped, if its content was to blame.
+    pub(crate) broken: Option<RingFault>,
+}
+
+impl<R> Default for RingSlot<R> {
+    fn default() -> Self {
+        Self {
+            state: Mutex::new(RingState { ring: None, enabled: false, broken: None }),
+            counters: OnceLock::new(),
+            worker: AtomicU32::new(0),
+        }
+    }
+}
+
+impl<R> RingSlot<R> {
+    /// A worker that panicked over one ring must not take the others with it, so poison is ignored: the state is
+    /// valid between any two statements.
+    #[inline]
+    pub(crate) fn lock(&self) -> MutexGuard<'_, RingState<R>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    #[inline]
+    pub(crate) fn counters(&self) -> &RingCounters {
+        self.counters.get_or_init(Box::default)
+    }
+
+    /// The counters, if the ring ever ran.
+    pub(crate) fn counters_if_any(&self) -> Option<&RingCounters> {
+        self.counters.get().map(|c| &**c)
+    }
+}
+
+impl Guest {
+    pub(crate) fn new(mac: Option<[u8; 6]>, queue_pairs: u16) -> Self {
+        Self {
+            mac,
+            pairs: (0..queue_pairs).map(|_| QueuePair::default()).collect(),
+            accepts: AtomicU8::new(0),
+            sends: AtomicU8::new(0),
+            rx_active: (0..queue_pairs).map(|_| AtomicU8::new(0)).collect(),
+            rx_active_len: AtomicU16::new(0),
+            linked: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn set_features(&self, features: u64) {
+        self.accepts.store(Offloads::from_guest_features(features).bits(), Ordering::Relaxed);
+        self.sends.store(Offloads::from_driver_features(features).bits(), Ordering::Relaxed);
+    }
+
+    /// What its RX rings take.
+    #[inline]
+    pub(crate) fn accepts(&self) -> Offloads {
+        Offloads::from_bits(self.accepts.load(Ordering::Relaxed))
+    }
+
+    /// What its TX rings may ask for.
+    #[inline]
+    pub(crate) fn sends(&self) -> Offloads {
+        Offloads::from_bits(self.sends.load(Ordering::Relaxed))
+    }
+
+    /// Notes which RX queues take frames. A worker that reads in the middle of it picks a queue that was or will be
+    /// active: at worst its frame is dropped as for a ring that is disabled at this moment.
+    pub(crate) fn set_active(&self, queues: impl Iterator<Item = u8>) {
+        let mut len = 0;
+        for (place, queue) in self.rx_active.iter().zip(queues) {
+            place.store(queue, Ordering::Relaxed);
+            len += 1;
+        }
+        self.rx_active_len.store(len, Ordering::Release);
+    }
+
+    /// How many RX queues take frames.
+    #[inline]
+    pub(crate) fn active(&self) -> u16 {
+        self.rx_active_len.load(Ordering::Acquire)
+    }
+
+    /// The RX queue for a flow.
+    #[inline]
+    pub(crate) fn queue_for(&self, hash: u32, active: u16) -> u16 {
+        let index = (u64::from(hash) * u64::from(active)) >> 32;
+        let queue = usize::try_from(index).ok().and_then(|i| self.rx_active.get(i));
+        queue.map_or(0, |q| q.load(Ordering::Relaxed)).into()
+    }
+}
+
+/// A TAP's queues. Reads and writes of one frame are atomic in the kernel, so queues need no lock.
+pub(crate) struct Tap {
+    pub(crate) queues: Box<[TapPort]>,
+}
+
+/// One queue of a TAP.
+pub(crate) struct TapPort {
+    pub(crate) queue: TapQueue,
+    pub(crate) worker: AtomicU32,
+    /// Frames from the host.
+    pub(crate) rx: RingCounters,
+    /// Frames to the host.
+    pub(crate) tx: RingCounters,
+}
+
+impl Port {
+    /// Its guest, if it is a vhost-user port.
+    pub(crate) fn guest(&self) -> Option<&Guest> {
+        match &self.link {
+            PortLink::Guest(guest) => Some(guest),
+            PortLink::Tap(_) => None,
+        }
+    }
+
+    /// Longest frame that may pass, unless it is to be segmented: MTU, Ethernet and two VLAN tags.
+    #[inline]
+    pub(crate) fn frame_max(&self) -> u32 {
+        u32::from(self.mtu.load(Ordering::Relaxed)) + 14 + 8
+    }
+
+    /// Whether frames can pass.
+    pub(crate) fn linked(&self) -> bool {
+        match &self.link {
+            PortLink::Guest(guest) => guest.linked.load(Ordering::Relaxed),
+            PortLink::Tap(_) => true,
+        }
+    }
+}
