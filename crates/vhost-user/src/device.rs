@@ -77,7 +77,12 @@ pub trait Device: Send {
     /// SEND_RARP: announce `mac` to the network (three times).
     fn send_rarp(&mut self, mac: [u8; 6]) -> Result<(), Refusal>;
     /// Starts a ring: translates its addresses in `memory` and begins to poll it. On error the ring stays stopped.
-    fn start_ring(&mut self, index: u16, setup: RingSetup, memory: &Arc<GuestMemory>) -> Result<(), RingError>;
+    fn start_ring(
+        &mut self,
+        index: u16,
+        setup: RingSetup,
+        memory: &Arc<GuestMemory>,
+    ) -> Result<(), RingError>;
     /// Stops a ring and returns the next available index. When this returns, nothing touches the ring's memory any
     /// more. `None` if it was not running (or broke and has no meaningful index: the session then answers with the
     /// base it knows).
