@@ -24,6 +24,7 @@ mod drops;
 mod events;
 mod fdb;
 mod guest;
+pub mod light;
 mod plane;
 mod port;
 mod report;

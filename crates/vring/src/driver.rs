@@ -269,8 +269,13 @@ impl DriverRing {
     /// Offers every descriptor as a chain of its own, `offset(i)` being where buffer `i` begins: what [`Self::recycle`]
     /// needs. The ring must be fresh.
     pub fn fill(&mut self, len: u32, writable: bool, offset: impl Fn(u16) -> usize) {
+        self.fill_each(|i| Buffer { offset: offset(i), len, writable });
+    }
+
+    /// As [`Self::fill`], with buffers of any kind.
+    pub fn fill_each(&mut self, buffer: impl Fn(u16) -> Buffer) {
         for i in 0..self.size() {
-            let buffer = Buffer { offset: offset(i), len, writable };
+            let buffer = buffer(i);
             self.split.set_descriptor(i, descriptor_of(buffer, None));
             self.split.set_avail(i, i);
         }
