@@ -1,0 +1,338 @@
+//! The command line's grammar.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::names::{Mac, Name, SocketPath};
+use crate::spec::{PlugSpec, Role, Socket, To};
+use crate::status::Phase;
+
+/// Where the daemon is reached unless said otherwise.
+pub const API_DEFAULT: &str = "/run/vhostd/api.sock";
+
+/// A userspace vhost-user switch: network cards for virtual machines and containers.
+#[derive(Debug, Parser)]
+#[command(name = "vhostd", version, about, disable_help_subcommand = true, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// Socket of the daemon's API [default: /run/vhostd/api.sock]
+    #[arg(long, env = "VHOSTD_API", global = true, value_name = "PATH", hide_env_values = true)]
+    pub api: Option<PathBuf>,
+
+    /// How to print what is found
+    #[arg(short, long, global = true, value_enum, default_value_t, value_name = "FORMAT")]
+    pub output: Format,
+
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 ok, 1 error, 2 usage, 3 not found, 4 conflict, 5 time-out, \
+                          6 daemon unreachable, 7 precondition";
+
+/// How to print.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// Columns for people
+    #[default]
+    Table,
+    /// More columns
+    Wide,
+    /// The API's JSON
+    Json,
+    /// The same as YAML
+    Yaml,
+    /// Names only, one a line
+    Name,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the daemon
+    Serve(ServeArgs),
+    /// Plug a VIF: give it a port, an uplink, or both
+    Plug(PlugArgs),
+    /// Undo a plug; one that is not there is undone already
+    Unplug(UnplugArgs),
+    /// Print an os-vif object as it is understood
+    Vif {
+        /// The object; - is standard input
+        #[arg(short, long, value_name = "FILE")]
+        file: PathBuf,
+    },
+    /// List plugs
+    Ls,
+    /// Show one plug
+    Show {
+        /// The plug
+        name: Name,
+    },
+    /// Frames and bytes by port and ring
+    Stats {
+        /// Only this plug's ports
+        name: Option<Name>,
+    },
+    /// Frames given up, by port and reason, and whose fault it was
+    Drops,
+    /// Learned addresses
+    Fdb,
+    /// Workers and what they poll
+    Workers,
+    /// Print events as they happen
+    Events {
+        /// Begin after this event (its id)
+        #[arg(long, value_name = "ID")]
+        since: Option<String>,
+    },
+    /// Send a request to the API and print the answer
+    Api(ApiArgs),
+    /// Print a completion script
+    #[command(hide = true)]
+    Completion {
+        /// For this shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page
+    #[command(hide = true)]
+    Man,
+}
+
+/// `vhostd serve`.
+#[derive(Debug, Default, Args)]
+pub struct ServeArgs {
+    /// Configuration file [default: /etc/vhostd/vhostd.toml, if it exists]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Where plugs are recorded [default: /var/lib/vhostd]
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Lcores for workers, as 0,2-3 [default: one worker, not pinned]
+    #[arg(long, value_name = "LIST")]
+    pub cpus: Option<CpuList>,
+    /// How workers wait for frames
+    #[arg(long, value_enum)]
+    pub poll: Option<PollMode>,
+}
+
+/// How workers wait.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    ValueEnum,
+    serde::Deserialize,
+    serde::Serialize,
+    utoipa::ToSchema,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum PollMode {
+    /// Sleep when there is nothing to do
+    #[default]
+    Adaptive,
+    /// Never sleep
+    Busy,
+}
+
+/// `vhostd plug`.
+#[derive(Debug, Args)]
+pub struct PlugArgs {
+    /// Name of the plug
+    #[arg(required_unless_present = "file", conflicts_with = "file")]
+    pub name: Option<Name>,
+    /// Make this socket, a front end connects to it
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["connect", "file"])]
+    pub listen: Option<SocketPath>,
+    /// A front end makes this socket, connect to it
+    #[arg(long, value_name = "PATH", conflicts_with = "file")]
+    pub connect: Option<SocketPath>,
+    /// Network to join [default: default]
+    #[arg(long, value_name = "NET", conflicts_with = "file")]
+    pub network: Option<Name>,
+    /// The host's side: tap:DEV, bridge:BR or ovs:BR
+    #[arg(long, value_name = "KIND:NAME", conflicts_with = "file")]
+    pub to: Option<ToArg>,
+    /// The guest's address
+    #[arg(long, value_name = "MAC", conflicts_with = "file")]
+    pub mac: Option<Mac>,
+    /// Largest payload of an Ethernet frame, bytes [default: 1500]
+    #[arg(long, value_name = "BYTES", conflicts_with = "file")]
+    pub mtu: Option<u16>,
+    /// Queue pairs [default: what the guest wants, up to 128; one for a TAP]
+    #[arg(long, value_name = "N", conflicts_with = "file")]
+    pub queues: Option<u16>,
+    /// Read the plug from a document: os-vif, or as `show -o json` prints it; - is standard input
+    #[arg(short, long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// Say what would happen, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Return when the plug has come this far
+    #[arg(long, value_enum, value_name = "PHASE")]
+    pub wait: Option<Phase>,
+    /// How long to wait for it
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
+    pub timeout: Duration,
+}
+
+/// `vhostd unplug`.
+#[derive(Debug, Args)]
+pub struct UnplugArgs {
+    /// Name of the plug
+    #[arg(required_unless_present = "file", conflicts_with = "file")]
+    pub name: Option<Name>,
+    /// Take the name from a document; - is standard input
+    #[arg(short, long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// Fail if there is no such plug
+    #[arg(long)]
+    pub must_exist: bool,
+}
+
+/// `vhostd api`.
+#[derive(Debug, Args)]
+pub struct ApiArgs {
+    /// GET, PUT, POST or DELETE
+    pub method: String,
+    /// Path and query, as /v1/plugs
+    pub path: String,
+    /// Body as JSON; - is standard input
+    #[arg(short, long, value_name = "JSON")]
+    pub data: Option<String>,
+}
+
+impl PlugArgs {
+    /// The spec that the options describe.
+    pub fn spec(&self) -> PlugSpec {
+        let socket = |role, path: &SocketPath| Socket { role, path: path.clone() };
+        let listen = self.listen.as_ref().map(|path| socket(Role::Listen, path));
+        let connect = self.connect.as_ref().map(|path| socket(Role::Connect, path));
+        PlugSpec {
+            network: self.network.clone(),
+            socket: listen.or(connect),
+            to: self.to.clone().map(|to| to.0),
+            mac: self.mac,
+            mtu: self.mtu,
+            queues: self.queues,
+        }
+    }
+}
+
+/// `tap:DEV`, `bridge:BR`, `ovs:BR`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ToArg(To);
+
+impl FromStr for ToArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (kind, name) = text.split_once(':').unwrap_or((text, ""));
+        let name = || name.parse().map_err(|e| format!("{e}"));
+        match kind {
+            "tap" => Ok(Self(To::Tap { tap: name()?, mac: None })),
+            "bridge" => Ok(Self(To::Bridge { bridge: name()?, tap: None })),
+            "ovs" => Ok(Self(To::Ovs { bridge: name()? })),
+            _ => Err("it must be tap:DEV, bridge:BR or ovs:BR".into()),
+        }
+    }
+}
+
+/// `0,2-3`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(try_from = "String")]
+pub struct CpuList(pub Vec<usize>);
+
+/// Lcores in a machine (CONFIG_NR_CPUS is at most 8192).
+const CPUS_MAX: usize = 8192;
+
+impl FromStr for CpuList {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bad = || format!("{text:?} is not a list of lcores such as 0,2-3");
+        let number = |n: &str| n.parse::<usize>().ok().filter(|n| *n < CPUS_MAX).ok_or_else(bad);
+        let mut cpus = Vec::new();
+        for part in text.split(',').filter(|_| !text.is_empty()) {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            let (first, last) = (number(first)?, number(last)?);
+            if first > last {
+                return Err(bad());
+            }
+            cpus.extend(first..=last);
+        }
+        let mut unique = cpus.clone();
+        unique.sort_unstable();
+        unique.dedup();
+        if unique.len() == cpus.len() {
+            Ok(Self(cpus))
+        } else {
+            Err(format!("{text:?} names an lcore twice"))
+        }
+    }
+}
+
+impl TryFrom<String> for CpuList {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+/// Longest wait that can be asked for.
+const TIMEOUT_MAX: Duration = Duration::from_secs(600);
+
+/// `10s`, `250ms`, `2m`; at most ten minutes.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    let parsed: Option<jiff::SignedDuration> = text.parse().ok();
+    parsed
+        .and_then(|d| Duration::try_from(d).ok())
+        .filter(|d| *d <= TIMEOUT_MAX)
+        .ok_or_else(|| format!("{text:?} is not a time such as 10s or 250ms, at most 10m"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_grammar_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn lists_of_lcores() {
+        let list = |text: &str| text.parse::<CpuList>();
+        assert_eq!(list("0,2-3").unwrap().0, [0, 2, 3]);
+        assert_eq!(list("").unwrap().0, [] as [usize; 0]);
+        for bad in ["x", "3-1", "1,", "0-9999999", "1,1", "0-2,1", "-1", "1-"] {
+            assert!(list(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn durations_are_bounded() {
+        assert_eq!(duration("250ms").unwrap(), Duration::from_millis(250));
+        assert_eq!(duration("2m").unwrap(), Duration::from_secs(120));
+        assert_eq!(duration("0s").unwrap(), Duration::ZERO);
+        for bad in ["", "10", "-1s", "11m", "1y", "99999999999999999999s"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn host_sides() {
+        let to = |text: &str| text.parse::<ToArg>();
+        assert!(matches!(to("tap:tap0").unwrap().0, To::Tap { .. }));
+        assert!(matches!(to("bridge:br0").unwrap().0, To::Bridge { tap: None, .. }));
+        for bad in ["", "tap", "tap:", "bridge:a/b", "macvtap:eth0", "tap:0123456789abcdef"] {
+            assert!(to(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! What an os-vif VIF asks of us. The one place that knows both os-vif's objects and a plug's spec.
+//!
+//! ```text
+//! VIFVHostUser, no profile       a port of the network that vif.network names
+//!               FPTap            joined with the TAP vif_name
+//!               FPBridge         joined with the TAP vif_name in the profile's bridge
+//! ```
+//!
+//! os-vif's `mode` is the VMM's side of the socket: `client` means that we listen. `plugin`, `active`,
+//! `preserve_on_delete` and `has_traffic_filtering` say nothing about forwarding frames and are not looked at.
+
+use std::fmt::Display;
+use std::str::FromStr;
+
+use vif::vif::{VhostUserMode, VhostUserVif};
+use vif::{Field, Network, PortProfile, ProfileKind, Vif, VifKind};
+
+use crate::names::Name;
+use crate::problem::{Kind, Problem};
+use crate::spec::{PlugSpec, Role, Socket, To};
+
+const SUPPORTED: &str = "supported are VIFVHostUser without port profile, and with VIFPortProfileFPTap or \
+                         VIFPortProfileFPBridge";
+
+/// The plug that serves a VIF.
+pub fn plug_of(vif: &Vif) -> Result<(Name, PlugSpec), Problem> {
+    let id = id_of(vif)?;
+    let VifKind::VhostUser(socket) = &vif.kind else {
+        return Err(unsupported(&format!("a VIF of class {}", vif.class)));
+    };
+    let network = vif.network.value();
+    let mut spec = PlugSpec {
+        socket: Some(socket_of(socket)?),
+        mac: vif.address.value().map(|mac| parsed("vif.address", mac)).transpose()?,
+        mtu: network.map(mtu_of).transpose()?.flatten(),
+        ..PlugSpec::default()
+    };
+    match vif.port_profile.value() {
+        Some(profile) if !matches!(profile.kind, ProfileKind::Base) => {
+            spec.to = Some(host_side(socket, profile)?);
+        }
+        _ => {
+            let id = network.and_then(|network| network.id.value());
+            spec.network = id.map(|id| parsed("vif.network.id", id)).transpose()?;
+        }
+    }
+    Ok((id, spec))
+}
+
+/// The plug's id is the VIF's.
+pub fn id_of(vif: &Vif) -> Result<Name, Problem> {
+    parsed("vif.id", required("vif.id", &vif.id)?)
+}
+
+fn socket_of(vif: &VhostUserVif) -> Result<Socket, Problem> {
+    let role = match required("vif.mode", &vif.mode)? {
+        VhostUserMode::Client => Role::Listen,
+        VhostUserMode::Server => Role::Connect,
+    };
+    Ok(Socket { role, path: parsed("vif.path", required("vif.path", &vif.path)?)? })
+}
+
+fn host_side(vif: &VhostUserVif, profile: &PortProfile) -> Result<To, Problem> {
+    // VIFVHostUser 1.0 has no vif_name.
+    let tap = || parsed("vif.vif_name", required("vif.vif_name", &vif.vif_name)?);
+    match &profile.kind {
+        ProfileKind::FpTap(tap_profile) => {
+            let field = "vif.port_profile.mac_address";
+            let mac = tap_profile.mac_address.value().map(|mac| parsed(field, mac)).transpose()?;
+            Ok(To::Tap { tap: tap()?, mac })
+        }
+        ProfileKind::FpBridge(bridge) => {
+            let field = "vif.port_profile.bridge_name";
+            let bridge = parsed(field, required(field, &bridge.bridge_name)?)?;
+            Ok(To::Bridge { bridge, tap: Some(tap()?) })
+        }
+        _ => Err(unsupported(&format!("a VIF with port profile {}", profile.class))),
+    }
+}
+
+fn mtu_of(network: &Network) -> Result<Option<u16>, Problem> {
+    let field = "vif.network.mtu";
+    let in_range =
+        |mtu: i64| mtu.try_into().map_err(|_| Problem::invalid(format!("{field} is {mtu}")).field(field));
+    // os-vif's own plug-ins take 0 as "not told".
+    network.mtu.value().filter(|mtu| **mtu != 0).map(|mtu| in_range(*mtu)).transpose()
+}
+
+fn required<'a, T>(field: &str, value: &'a Field<T>) -> Result<&'a T, Problem> {
+    value
+        .value()
+        .ok_or_else(|| Problem::invalid(format!("{field} is not set, and a plug needs it")).field(field))
+}
+
+fn parsed<T: FromStr<Err: Display>>(field: &str, value: &impl ToString) -> Result<T, Problem> {
+    value.to_string().parse().map_err(|e| Problem::invalid(format!("{field}: {e}")).field(field))
+}
+
+fn unsupported(what: &str) -> Problem {
+    Problem::new(Kind::Unsupported, format!("{what} is not supported")).hint(SUPPORTED)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn envelope(class: &str, version: &str, data: Value) -> Value {
+        let mut envelope = json!({"versioned_object.name": class, "versioned_object.namespace": "os_vif"});
+        envelope["versioned_object.version"] = version.into();
+        envelope["versioned_object.data"] = data;
+        envelope
+    }
+
+    const ID: &str = "dc065497-3c8d-4f44-8fb4-e1d33c16a536";
+    const NETWORK: &str = "b82c1929-051e-481d-8110-4669916c7915";
+
+    /// A VIF with these fields beside its id, path and mode.
+    fn vif(mut more: Value) -> Value {
+        let mut data = json!({"id": ID, "path": "/run/vm.sock", "mode": "client"});
+        data.as_object_mut().unwrap().append(more.as_object_mut().unwrap());
+        envelope("VIFVHostUser", "1.1", data)
+    }
+
+    fn plug(value: &Value) -> Result<Value, Problem> {
+        let document = vif::Document::decode(value).unwrap();
+        let (id, spec) = plug_of(&document.plug().unwrap().vif)?;
+        assert_eq!(id.as_str(), ID);
+        Ok(serde_json::to_value(spec).unwrap())
+    }
+
+    #[test]
+    fn without_a_profile_it_is_a_port_of_its_network() {
+        let network = envelope("Network", "1.1", json!({"id": NETWORK, "mtu": 9000}));
+        let spec = plug(&vif(json!({"network": network, "address": "22:52:25:62:e2:aa", "mode": "server"})))
+            .unwrap();
+        let socket = json!({"role": "connect", "path": "/run/vm.sock"});
+        assert_eq!(
+            spec,
+            json!({"network": NETWORK, "socket": socket, "mac": "22:52:25:62:e2:aa", "mtu": 9000})
+        );
+    }
+
+    #[test]
+    fn what_producers_leave_out_is_done_without() {
+        let socket = json!({"role": "listen", "path": "/run/vm.sock"});
+        let bare = envelope("Network", "1.0", json!({}));
+        let unmeasured = envelope("Network", "1.1", json!({"mtu": 0}));
+        for more in [
+            json!({}),
+            json!({"address": null, "network": null}),
+            json!({"network": bare}),
+            json!({"network": unmeasured}),
+            json!({"port_profile": envelope("VIFPortProfileBase", "1.1", json!({}))}),
+        ] {
+            assert_eq!(plug(&vif(more)).unwrap(), json!({"socket": socket}));
+        }
+        let old =
+            envelope("VIFVHostUser", "1.0", json!({"id": ID, "path": "/run/vm.sock", "mode": "client"}));
+        assert_eq!(plug(&old).unwrap(), json!({"socket": socket}));
+    }
+
+    #[test]
+    fn profiles_join_it_with_the_host() {
+        let network = envelope("Network", "1.1", json!({"id": NETWORK, "mtu": 1450}));
+        let tap = envelope("VIFPortProfileFPTap", "1.1", json!({"mac_address": "52:54:00:00:00:09"}));
+        let spec = plug(&vif(json!({"vif_name": "tapdc065497-3c", "port_profile": tap, "network": network})))
+            .unwrap();
+        assert_eq!(spec["to"], json!({"kind": "tap", "tap": "tapdc065497-3c", "mac": "52:54:00:00:00:09"}));
+        assert_eq!((&spec["mtu"], &spec["network"]), (&json!(1450), &Value::Null));
+        let bridge = envelope("VIFPortProfileFPBridge", "1.0", json!({"bridge_name": "brq1"}));
+        let spec = plug(&vif(json!({"vif_name": "tap1", "port_profile": bridge}))).unwrap();
+        assert_eq!(spec["to"], json!({"kind": "bridge", "bridge": "brq1", "tap": "tap1"}));
+    }
+
+    #[test]
+    fn what_is_not_supported_is_said_with_what_is() {
+        let ovs = envelope("VIFPortProfileOpenVSwitch", "1.4", json!({"interface_id": ID}));
+        let generic = envelope("VIFGeneric", "1.0", json!({"id": ID, "vif_name": "tap1"}));
+        for (value, named) in
+            [(vif(json!({"port_profile": ovs})), "VIFPortProfileOpenVSwitch"), (generic, "VIFGeneric")]
+        {
+            let problem = plug(&value).unwrap_err();
+            assert_eq!(problem.kind, Kind::Unsupported);
+            assert!(problem.detail.contains(named), "{}", problem.detail);
+            assert!(problem.hint.unwrap().contains("VIFVHostUser"));
+        }
+    }
+
+    #[test]
+    fn what_a_plug_needs_is_asked_for() {
+        let tap = || envelope("VIFPortProfileFPTap", "1.1", json!({}));
+        let fp_bridge = |data| envelope("VIFPortProfileFPBridge", "1.1", data);
+        let huge = envelope("Network", "1.1", json!({"mtu": 70_000}));
+        let odd = envelope("Network", "1.1", json!({"id": "a/b"}));
+        for (value, field) in [
+            (vif(json!({"path": "relative"})), "vif.path"),
+            (vif(json!({"port_profile": tap()})), "vif.vif_name"),
+            (vif(json!({"port_profile": tap(), "vif_name": "sixteen-bytes-xx"})), "vif.vif_name"),
+            (
+                vif(json!({"port_profile": fp_bridge(json!({})), "vif_name": "t"})),
+                "vif.port_profile.bridge_name",
+            ),
+            (vif(json!({"network": huge})), "vif.network.mtu"),
+            (vif(json!({"network": odd})), "vif.network.id"),
+            (vif(json!({"address": "ff:ff:ff:ff:ff:ff"})), "vif.address"),
+            (vif(json!({"id": "../x"})), "vif.id"),
+            (envelope("VIFVHostUser", "1.1", json!({"id": ID, "mode": "client"})), "vif.path"),
+            (envelope("VIFVHostUser", "1.1", json!({"id": ID, "path": "/x"})), "vif.mode"),
+            (envelope("VIFVHostUser", "1.1", json!({})), "vif.id"),
+        ] {
+            assert_eq!(plug(&value).unwrap_err().field.as_deref(), Some(field));
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! A plug's way into the dataplane and out again. The one file that knows both what a plug is and what a port is.
+//!
+//! ```text
+//! plug    admit → store the intent → bridge, TAP → ports          any step fails: undo the ones before it
+//! unplug  store the intent → ports → TAP, bridge → forget         driven by the record; nothing there is success
+//! start   for each record: the same steps, tried until they succeed
+//! ```
+//!
+//! What one plug does is serialised by its turn; different plugs do not wait for one another. Whether a plug may be at
+//! all (a name, socket, TAP or uplink that is taken) is decided in one short critical section over the table of plugs,
+//! before anything is done. An admitted request runs to its end even if whoever asked goes away.
+
+mod steps;
+mod table;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use dataplane::Dataplane;
+use hostnet::HostNet;
+use tokio::time::Instant;
+
+use self::steps::Steps;
+pub use self::steps::{SocketRules, StepError};
+use self::table::{Admission, Table};
+use crate::events::{EventKind, Events};
+use crate::names::Name;
+use crate::spec::{PlugSpec, SpecError};
+use crate::status::{Phase, Plug, Status, Whose};
+use crate::store::{Intent, Record, Store, StoreError};
+
+/// How often a waiter looks, at most: not every step of a port is an event.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
+/// First and longest pause between two attempts to bring a stored plug back.
+const RETRY_FIRST: Duration = Duration::from_millis(100);
+const RETRY_LONGEST: Duration = Duration::from_secs(10);
+
+/// Why a plug cannot be made, undone or waited for.
+#[derive(Debug, thiserror::Error)]
+pub enum PlugError {
+    /// The spec itself.
+    #[error("{0}")]
+    Spec(#[from] SpecError),
+    /// It is there and differs.
+    #[error("plug {id} exists and differs in {}", fields.join(", "))]
+    Differs {
+        /// Which plug.
+        id: Name,
+        /// In what, as `socket.path`.
+        fields: Vec<String>,
+    },
+    /// Another plug has something that this one needs alone.
+    #[error("{what} belongs to plug {owner} already")]
+    Taken {
+        /// What it is, as `socket /run/x.sock`.
+        what: String,
+        /// The other plug.
+        owner: Name,
+        /// Member of the spec that asks for it.
+        field: &'static str,
+    },
+    /// No more.
+    #[error("there are {0} plugs, more are not possible")]
+    Full(usize),
+    /// The record cannot be written.
+    #[error("{0}")]
+    Store(#[from] StoreError),
+    /// A step failed; the ones before it were undone.
+    #[error("plug {id}: {cause}")]
+    Step {
+        /// Which plug.
+        id: Name,
+        /// What failed.
+        cause: StepError,
+    },
+    /// Not there.
+    #[error("there is no plug {0}")]
+    NotFound(Name),
+    /// The state waited for did not come.
+    #[error("plug {id} is {}, not {} after {}: {reason}", status.phase.name(), wanted.name(), duration_text(*after))]
+    Waiting {
+        /// Which plug.
+        id: Name,
+        /// How it is.
+        status: Status,
+        /// What was waited for.
+        wanted: Phase,
+        /// How long.
+        after: Duration,
+        /// The first missing step.
+        reason: String,
+    },
+}
+
+/// A duration as people write it, `10s` or `250ms`.
+pub fn duration_text(duration: Duration) -> String {
+    if duration.subsec_millis() == 0 {
+        format!("{}s", duration.as_secs())
+    } else {
+        format!("{}ms", duration.as_millis())
+    }
+}
+
+/// All plugs of this host.
+pub struct Plugs {
+    table: Table,
+    steps: Steps,
+    store: Store,
+    events: Arc<Events>,
+}
+
+/// What a request to plug did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is new.
+    Created,
+    /// It was there as asked.
+    Unchanged,
+}
+
+impl Plugs {
+    /// The plugs in a store; none of them is in the dataplane before [`restore`](Self::restore).
+    pub fn new(
+        dataplane: Arc<Dataplane>,
+        host: HostNet,
+        rules: SocketRules,
+        (store, records): (Store, Vec<(Name, Record)>),
+        events: Arc<Events>,
+    ) -> Self {
+        Self { table: Table::new(records), steps: Steps::new(dataplane, host, rules), store, events }
+    }
+
+    /// Makes a plug, or finds it made.
+    pub async fn plug(self: &Arc<Self>, id: Name, spec: PlugSpec) -> Result<Outcome, PlugError> {
+        let spec = spec.completed(&id)?;
+        let plugs = self.clone();
+        // A task of its own: the steps go on if the connection that asked is closed half-way.
+        let task = tokio::spawn(async move { plugs.plug_in_turn(&id, spec).await });
+        task.await.expect("the steps of a plug do not panic")
+    }
+
+    /// What [`plug`](Self::plug) would say before it does anything.
+    pub fn plug_dry(&self, id: &Name, spec: PlugSpec) -> Result<(Outcome, PlugSpec), PlugError> {
+        let spec = spec.completed(id)?;
+        let outcome = match self.table.examine(id, &spec)? {
+            Admission::Present => Outcome::Unchanged,
+            _ => Outcome::Created,
+        };
+        Ok((outcome, spec))
+    }
+
+    /// Undoes a plug. False if there is none.
+    pub async fn unplug(self: &Arc<Self>, id: Name) -> Result<bool, PlugError> {
+        let plugs = self.clone();
+        let task = tokio::spawn(async move { plugs.unplug_in_turn(&id).await });
+        task.await.expect("the steps of an unplug do not panic")
+    }
+
+    /// One plug.
+    pub fn show(&self, id: &Name) -> Result<Plug, PlugError> {
+        let (record, ports, fault) = self.table.look(id).ok_or_else(|| PlugError::NotFound(id.clone()))?;
+        let status = match (record.intent, fault) {
+            (Intent::Unplugged, fault) => {
+                Status::pending(Whose::Host, fault.map_or_else(|| "being unplugged".into(), |f| f.message))
+            }
+            (Intent::Plugged, Some(fault)) => Status::pending(fault.whose, fault.message),
+            (Intent::Plugged, None) => match ports {
+                Some(ports) => self.steps.status(&record.spec, &ports),
+                None => Status::pending(Whose::Vhostd, "being plugged"),
+            },
+        };
+        Ok(Plug { id: id.clone(), spec: record.spec, status })
+    }
+
+    /// All plugs, by name.
+    pub fn list(&self) -> Vec<Plug> {
+        self.table.ids().iter().filter_map(|id| self.show(id).ok()).collect()
+    }
+
+    /// Number of plugs.
+    pub fn count(&self) -> usize {
+        self.table.ids().len()
+    }
+
+    /// Waits until a plug has come as far as `wanted`.
+    pub async fn wait(&self, id: &Name, wanted: Phase, timeout: Duration) -> Result<Plug, PlugError> {
+        let deadline = Instant::now() + timeout;
+        let mut changes = self.events.subscribe();
+        loop {
+            let plug = self.show(id)?;
+            if plug.status.phase >= wanted {
+                return Ok(plug);
+            }
+            if Instant::now() >= deadline {
+                let reason = plug.status.conditions.first().map_or_else(String::new, |c| c.message.clone());
+                let (id, status) = (plug.id, plug.status);
+                return Err(PlugError::Waiting { id, status, wanted, after: timeout, reason });
+            }
+            let look = deadline.min(Instant::now() + LOOK_EVERY);
+            let _ = tokio::time::timeout_at(look, changes.changed()).await;
+        }
+    }
+
+    /// Brings every stored plug back, and returns when each has been tried once. Those that fail are tried again in
+    /// the background until they succeed or are unplugged.
+    pub async fn restore(self: &Arc<Self>) {
+        let tasks: Vec<_> =
+            self.table.ids().into_iter().map(|id| tokio::spawn(self.clone().restore_one(id))).collect();
+        for task in tasks {
+            task.await.expect("restoring a plug does not panic");
+        }
+    }
+
+    async fn restore_one(self: Arc<Self>, id: Name) {
+        if self.try_restore(&id).await {
+            return;
+        }
+        tokio::spawn(async move {
+            let mut pause = RETRY_FIRST;
+            loop {
+                tokio::time::sleep(pause).await;
+                if self.try_restore(&id).await {
+                    return;
+                }
+                pause = (pause * 2).min(RETRY_LONGEST);
+            }
+        });
+    }
+
+    /// True when there is nothing left to do for this plug.
+    async fn try_restore(&self, id: &Name) -> bool {
+        let _turn = self.table.turn(id).await;
+        let Some((record, ports, _)) = self.table.look(id) else { return true };
+        let done = match (record.intent, ports) {
+            (Intent::Plugged, Some(_)) => return true,
+            (Intent::Plugged, None) => self.attach(id, &record.spec, true).await,
+            (Intent::Unplugged, _) => self.detach_and_forget(id, &record.spec).await,
+        };
+        if let Err(error) = &done {
+            tracing::warn!(plug = %id, "{error}; will try again");
+        }
+        done.is_ok()
+    }
+
+    async fn plug_in_turn(&self, id: &Name, spec: PlugSpec) -> Result<Outcome, PlugError> {
+        let _turn = self.table.turn(id).await;
+        // An unplug that could not be finished is in the way of anything new under this name.
+        if let Some((Record { intent: Intent::Unplugged, spec: old, .. }, ..)) = self.table.look(id) {
+            self.detach_and_forget(id, &old).await?;
+        }
+        match self.table.admit(id, &spec)? {
+            Admission::Present => return Ok(Outcome::Unchanged),
+            Admission::Unfinished => self.attach(id, &spec, true).await?,
+            Admission::New => {
+                if let Err(error) = self.store.put(id, Record::new(Intent::Plugged, spec.clone())).await {
+                    self.table.remove(id);
+                    return Err(error.into());
+                }
+                if let Err(error) = self.attach(id, &spec, false).await {
+                    self.store.delete(id).await?;
+                    self.table.remove(id);
+                    return Err(error);
+                }
+            }
+        }
+        tracing::info!(plug = %id, "plugged");
+        self.events.publish(EventKind::Plugged, Some(id.as_str()), "");
+        Ok(Outcome::Created)
+    }
+
+    /// Takes the steps of a plug. One that was wanted before stays wanted when a step fails.
+    async fn attach(&self, id: &Name, spec: &PlugSpec, wanted_before: bool) -> Result<(), PlugError> {
+        match self.steps.attach(id, spec, wanted_before).await {
+            Ok(ports) => {
+                self.table.attached(id, ports);
+                Ok(())
+            }
+            Err(cause) => {
+                self.table.failed(id, cause.whose(), cause.to_string());
+                if wanted_before {
+                    self.events.publish(EventKind::Failed, Some(id.as_str()), cause.to_string());
+                }
+                Err(PlugError::Step { id: id.clone(), cause })
+            }
+        }
+    }
+
+    async fn unplug_in_turn(&self, id: &Name) -> Result<bool, PlugError> {
+        let _turn = self.table.turn(id).await;
+        let Some((record, ..)) = self.table.look(id) else { return Ok(false) };
+        self.store.put(id, Record::new(Intent::Unplugged, record.spec.clone())).await?;
+        self.table.unplugging(id);
+        self.detach_and_forget(id, &record.spec).await?;
+        tracing::info!(plug = %id, "unplugged");
+        self.events.publish(EventKind::Unplugged, Some(id.as_str()), "");
+        Ok(true)
+    }
+
+    async fn detach_and_forget(&self, id: &Name, spec: &PlugSpec) -> Result<(), PlugError> {
+        let (_, ports, _) = self.table.look(id).ok_or_else(|| PlugError::NotFound(id.clone()))?;
+        let detached = self.steps.detach(id, spec, ports.unwrap_or_default()).await;
+        self.table.detached(id);
+        if let Err(cause) = detached {
+            self.table.failed(id, cause.whose(), cause.to_string());
+            return Err(PlugError::Step { id: id.clone(), cause });
+        }
+        self.store.delete(id).await?;
+        self.table.remove(id);
+        Ok(())
+    }
+}

@@ -1,0 +1,226 @@
+//! The steps that make a plug work, each of them repeatable, and the same backwards.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use dataplane::{Dataplane, Link, PortId, PortSpec};
+use hostnet::{HostNet, TapSpec};
+use vhost_user::{Access, Endpoint};
+
+use crate::names::Name;
+use crate::spec::{PlugSpec, Role, Socket, To};
+use crate::status::{Status, Whose};
+
+/// How sockets that we make look, and where sockets may be.
+#[derive(Clone, Debug, Default)]
+pub struct SocketRules {
+    /// Directories under which sockets may be; empty: anywhere.
+    pub dirs: Vec<PathBuf>,
+    /// Permission bits of a socket that we make.
+    pub mode: u32,
+    /// Its group.
+    pub gid: Option<u32>,
+}
+
+/// Why a step failed.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    /// Sockets may not be there.
+    #[error("socket {path} is outside of the directories for sockets ({}): see sockets.dirs", dirs.join(", "))]
+    Directory {
+        /// The socket.
+        path: String,
+        /// Where sockets may be.
+        dirs: Vec<String>,
+    },
+    /// The host's network.
+    #[error("{}", with_causes(.0))]
+    Host(#[from] hostnet::Error),
+    /// The socket.
+    #[error("{}", with_causes(.0))]
+    Socket(vhost_user::EndpointError),
+    /// The dataplane.
+    #[error("{}", with_causes(.0))]
+    Dataplane(dataplane::Error),
+}
+
+impl StepError {
+    /// Who has to do something about it.
+    pub fn whose(&self) -> Whose {
+        match self {
+            Self::Directory { .. } | Self::Host(_) | Self::Socket(_) => Whose::Host,
+            Self::Dataplane(_) => Whose::Vhostd,
+        }
+    }
+}
+
+impl From<dataplane::Error> for StepError {
+    fn from(error: dataplane::Error) -> Self {
+        match error {
+            dataplane::Error::Endpoint { cause, .. } => Self::Socket(cause),
+            error => Self::Dataplane(error),
+        }
+    }
+}
+
+/// An error and what is behind it, in one line.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+/// The two worlds that the steps act on.
+pub(super) struct Steps {
+    dataplane: Arc<Dataplane>,
+    host: HostNet,
+    rules: SocketRules,
+    /// Held from making a bridge until the TAP is in it: nobody removes an empty bridge meanwhile.
+    bridges: tokio::sync::Mutex<()>,
+}
+
+impl Steps {
+    pub(super) fn new(dataplane: Arc<Dataplane>, host: HostNet, rules: SocketRules) -> Self {
+        Self { dataplane, host, rules, bridges: tokio::sync::Mutex::default() }
+    }
+
+    /// Takes every step, or none: a failure undoes what came before. The host's part stays if the plug was wanted
+    /// before, because a TAP that is in a bridge must never be made anew.
+    pub(super) async fn attach(
+        &self,
+        id: &Name,
+        spec: &PlugSpec,
+        wanted_before: bool,
+    ) -> Result<Vec<PortId>, StepError> {
+        let mut ports = Vec::new();
+        let attached = self.attach_all(id, spec, &mut ports).await;
+        let Err(error) = attached else { return Ok(ports) };
+        self.remove_ports(ports).await;
+        if !wanted_before && let Err(undo) = self.remove_host_side(id, spec).await {
+            tracing::warn!(plug = %id, "cannot undo: {undo}");
+        }
+        Err(error)
+    }
+
+    /// Undoes every step. What is not there is undone already.
+    pub(super) async fn detach(
+        &self,
+        id: &Name,
+        spec: &PlugSpec,
+        ports: Vec<PortId>,
+    ) -> Result<(), StepError> {
+        self.remove_ports(ports).await;
+        self.remove_host_side(id, spec).await
+    }
+
+    /// How far the plug's ports have come.
+    pub(super) fn status(&self, spec: &PlugSpec, ports: &[PortId]) -> Status {
+        let reports: Vec<_> = ports.iter().filter_map(|port| self.dataplane.port(*port)).collect();
+        if reports.len() < ports.len() {
+            return Status::pending(Whose::Vhostd, "the dataplane has lost a port");
+        }
+        Status::of_ports(spec, &reports)
+    }
+
+    async fn attach_all(&self, id: &Name, spec: &PlugSpec, ports: &mut Vec<PortId>) -> Result<(), StepError> {
+        if let Some(socket) = &spec.socket {
+            self.check_directory(socket)?;
+        }
+        let (network, mtu) = (spec.network_of(id), spec.mtu_bytes());
+        if let Some(to) = &spec.to {
+            let link = self.ensure_host_side(id, spec, to).await?;
+            // One name a port: the socket's port bears the plug's, if there is a socket.
+            let name = if spec.socket.is_some() { format!("{id}:tap") } else { id.to_string() };
+            ports.push(self.add_port(PortSpec { name, network: network.clone(), mtu, link }).await?);
+        }
+        if let Some(socket) = &spec.socket {
+            let link = Link::VhostUser {
+                endpoint: self.endpoint(socket),
+                mac: spec.mac.map(|mac| mac.0),
+                queue_pairs: spec.guest_queues(),
+            };
+            ports.push(self.add_port(PortSpec { name: id.to_string(), network, mtu, link }).await?);
+        }
+        Ok(())
+    }
+
+    async fn ensure_host_side(&self, id: &Name, spec: &PlugSpec, to: &To) -> Result<Link, StepError> {
+        let name = to.tap(id).to_string();
+        let tap = TapSpec {
+            name: name.clone(),
+            owner: id.to_string(),
+            queues: spec.tap_queues(),
+            mtu: Some(spec.mtu_bytes().into()),
+            persistent: true,
+            // Only a TAP asked for by its own name may be an administrator's.
+            adopt: matches!(to, To::Tap { .. }),
+        };
+        let tap = self.host.ensure_tap(&tap).await?;
+        if let To::Bridge { bridge, .. } = to {
+            let _nobody_removes_it = self.bridges.lock().await;
+            self.host.ensure_bridge(bridge.as_str()).await?;
+            self.host.enslave(&name, bridge.as_str()).await?;
+        }
+        Ok(Link::Tap { queues: tap.queues })
+    }
+
+    async fn remove_host_side(&self, id: &Name, spec: &PlugSpec) -> Result<(), StepError> {
+        let Some(to) = &spec.to else { return Ok(()) };
+        self.host.remove_tap(to.tap(id).as_str(), id.as_str()).await?;
+        if let To::Bridge { bridge, .. } = to {
+            let _nobody_joins_it = self.bridges.lock().await;
+            self.host.remove_bridge(bridge.as_str()).await?;
+        }
+        Ok(())
+    }
+
+    fn endpoint(&self, socket: &Socket) -> Endpoint {
+        let access = Access { mode: self.rules.mode, owner: None, group: self.rules.gid };
+        match socket.role {
+            Role::Listen => {
+                Endpoint { role: vhost_user::Role::Listen(access), ..Endpoint::listen(socket.path.as_path()) }
+            }
+            Role::Connect => Endpoint::connect(socket.path.as_path()),
+        }
+    }
+
+    /// The socket's directory, with symbolic links followed, must be under one that is allowed.
+    fn check_directory(&self, socket: &Socket) -> Result<(), StepError> {
+        let path = socket.path.as_path();
+        let parent = path.parent().unwrap_or_else(|| Path::new("/"));
+        // A directory that is not there yet cannot be a symbolic link: its name is all there is to check.
+        let real = parent.canonicalize().unwrap_or_else(|_| parent.to_owned());
+        let allowed = |dir: &PathBuf| real.starts_with(dir.canonicalize().unwrap_or_else(|_| dir.clone()));
+        if self.rules.dirs.is_empty() || self.rules.dirs.iter().any(allowed) {
+            return Ok(());
+        }
+        let dirs = self.rules.dirs.iter().map(|dir| dir.display().to_string()).collect();
+        Err(StepError::Directory { path: socket.path.to_string(), dirs })
+    }
+
+    async fn add_port(&self, spec: PortSpec) -> Result<PortId, StepError> {
+        Ok(self.blocking(move |dataplane| dataplane.add_port(spec)).await?)
+    }
+
+    /// Latest first, so that a guest's port goes before the uplink that it sends to.
+    async fn remove_ports(&self, ports: Vec<PortId>) {
+        self.blocking(move |dataplane| {
+            for port in ports.into_iter().rev() {
+                dataplane.remove_port(port);
+            }
+        })
+        .await;
+    }
+
+    /// The dataplane's calls wait for the turns of its workers: not on a thread that serves the API.
+    async fn blocking<T: Send + 'static>(&self, call: impl FnOnce(&Dataplane) -> T + Send + 'static) -> T {
+        let dataplane = self.dataplane.clone();
+        tokio::task::spawn_blocking(move || call(&dataplane))
+            .await
+            .expect("the dataplane's calls do not panic")
+    }
+}

@@ -1,0 +1,159 @@
+//! Which plugs there are, and whether another may be.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+
+use dataplane::PortId;
+use tokio::sync::OwnedMutexGuard;
+
+use super::PlugError;
+use crate::names::Name;
+use crate::spec::{PlugSpec, To};
+use crate::status::Whose;
+use crate::store::{Intent, Record};
+
+/// Plugs of one daemon.
+const PLUGS_MAX: usize = 4096;
+
+/// The plugs, and whose turn it is to change which.
+pub(super) struct Table {
+    entries: Mutex<BTreeMap<Name, Entry>>,
+    turns: Mutex<HashMap<Name, Weak<tokio::sync::Mutex<()>>>>,
+}
+
+struct Entry {
+    record: Record,
+    /// Its ports in the dataplane, once it has them.
+    ports: Option<Vec<PortId>>,
+    fault: Option<Fault>,
+}
+
+/// Why the last attempt failed.
+#[derive(Clone, Debug)]
+pub(super) struct Fault {
+    pub(super) whose: Whose,
+    pub(super) message: String,
+}
+
+/// What may be done with a plug that is asked for.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Admission {
+    /// It is there, just so.
+    Present,
+    /// It is known, just so, but its steps have not all succeeded.
+    Unfinished,
+    /// Nobody has it, and nothing is in its way.
+    New,
+}
+
+impl Table {
+    pub(super) fn new(records: Vec<(Name, Record)>) -> Self {
+        let entry = |record| Entry { record, ports: None, fault: None };
+        let entries = records.into_iter().map(|(id, record)| (id, entry(record))).collect();
+        Self { entries: Mutex::new(entries), turns: Mutex::default() }
+    }
+
+    fn entries(&self) -> MutexGuard<'_, BTreeMap<Name, Entry>> {
+        self.entries.lock().expect("no holder of the table's lock panics")
+    }
+
+    /// Waits until nobody else changes this plug, and keeps others waiting until the guard is dropped.
+    pub(super) async fn turn(&self, id: &Name) -> OwnedMutexGuard<()> {
+        let turn = {
+            let mut turns = self.turns.lock().expect("no holder of the turns' lock panics");
+            turns.retain(|_, turn| turn.strong_count() > 0);
+            turns.get(id).and_then(Weak::upgrade).unwrap_or_else(|| {
+                let turn = Arc::default();
+                turns.insert(id.clone(), Arc::downgrade(&turn));
+                turn
+            })
+        };
+        turn.lock_owned().await
+    }
+
+    pub(super) fn ids(&self) -> Vec<Name> {
+        self.entries().keys().cloned().collect()
+    }
+
+    pub(super) fn look(&self, id: &Name) -> Option<(Record, Option<Vec<PortId>>, Option<Fault>)> {
+        self.entries().get(id).map(|e| (e.record.clone(), e.ports.clone(), e.fault.clone()))
+    }
+
+    /// Whether a plug may be.
+    pub(super) fn examine(&self, id: &Name, spec: &PlugSpec) -> Result<Admission, PlugError> {
+        examine(&self.entries(), id, spec)
+    }
+
+    /// Decides whether a plug may be, and if it is new, takes its place, in one go.
+    pub(super) fn admit(&self, id: &Name, spec: &PlugSpec) -> Result<Admission, PlugError> {
+        let mut entries = self.entries();
+        let admission = examine(&entries, id, spec)?;
+        if admission == Admission::New {
+            let record = Record::new(Intent::Plugged, spec.clone());
+            entries.insert(id.clone(), Entry { record, ports: None, fault: None });
+        }
+        Ok(admission)
+    }
+
+    pub(super) fn remove(&self, id: &Name) {
+        self.entries().remove(id);
+    }
+
+    pub(super) fn attached(&self, id: &Name, ports: Vec<PortId>) {
+        self.change(id, |entry| (entry.ports, entry.fault) = (Some(ports), None));
+    }
+
+    pub(super) fn detached(&self, id: &Name) {
+        self.change(id, |entry| entry.ports = None);
+    }
+
+    pub(super) fn unplugging(&self, id: &Name) {
+        self.change(id, |entry| entry.record.intent = Intent::Unplugged);
+    }
+
+    pub(super) fn failed(&self, id: &Name, whose: Whose, message: String) {
+        self.change(id, |entry| entry.fault = Some(Fault { whose, message }));
+    }
+
+    fn change(&self, id: &Name, change: impl FnOnce(&mut Entry)) {
+        if let Some(entry) = self.entries().get_mut(id) {
+            change(entry);
+        }
+    }
+}
+
+fn examine(entries: &BTreeMap<Name, Entry>, id: &Name, spec: &PlugSpec) -> Result<Admission, PlugError> {
+    if let Some(entry) = entries.get(id).filter(|e| e.record.intent == Intent::Plugged) {
+        let fields = entry.record.spec.differences(spec);
+        return match (fields.is_empty(), &entry.ports) {
+            (false, _) => Err(PlugError::Differs { id: id.clone(), fields }),
+            (true, Some(_)) => Ok(Admission::Present),
+            (true, None) => Ok(Admission::Unfinished),
+        };
+    }
+    if entries.len() >= PLUGS_MAX {
+        return Err(PlugError::Full(PLUGS_MAX));
+    }
+    for (owner, entry) in entries.iter().filter(|(owner, _)| *owner != id) {
+        if let Some((what, field)) = shared(id, spec, owner, &entry.record.spec) {
+            return Err(PlugError::Taken { what, owner: owner.clone(), field });
+        }
+    }
+    Ok(Admission::New)
+}
+
+/// What two plugs would share though only one can have it.
+fn shared(id: &Name, spec: &PlugSpec, other: &Name, theirs: &PlugSpec) -> Option<(String, &'static str)> {
+    let path = |spec: &PlugSpec| spec.socket.as_ref().map(|s| s.path.clone());
+    if let (Some(path), true) = (path(spec), path(spec) == path(theirs)) {
+        return Some((format!("socket {path}"), "spec.socket.path"));
+    }
+    let tap = |spec: &PlugSpec, id| spec.to.as_ref().map(|to: &To| to.tap(id));
+    if let (Some(tap), true) = (tap(spec, id), tap(spec, id) == tap(theirs, other)) {
+        return Some((format!("TAP {tap}"), "spec.to.tap"));
+    }
+    if spec.is_uplink() && theirs.is_uplink() && spec.network == theirs.network {
+        return Some((format!("the uplink of network {}", spec.network_of(id)), "spec.network"));
+    }
+    None
+}

@@ -1,0 +1,208 @@
+//! The API's socket: published safely, its callers known and counted, none of them able to hold it up.
+//!
+//! Each connection is one task. Who connected is read from the kernel (SO_PEERCRED) before a byte of theirs is, and holds
+//! for the life of the connection. Beyond the bounds below a caller gets a 503 and is closed; a few places are kept for
+//! root and the daemon's own user, so that an operator always gets in.
+
+mod deadline;
+mod publish;
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::os::unix::net::UnixListener as StdListener;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::Router;
+use hyper::body::Incoming;
+use hyper::service::{Service, service_fn};
+use hyper::{Request, server::conn::http1};
+use hyper_util::rt::TokioIo;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{UnixListener, UnixStream};
+
+use self::deadline::{Deadlines, Patient};
+pub use self::publish::{PublishError, PublishedSocket, group_id};
+use crate::problem::{Kind, Problem};
+
+/// Connections at once.
+const CONNECTIONS_MAX: usize = 64;
+/// Of these, kept for operators.
+const CONNECTIONS_RESERVED: usize = 4;
+/// Connections of one user that is no operator.
+const CONNECTIONS_PER_UID: usize = 16;
+/// Pause after accept failed for want of descriptors: they come back by themselves, spinning does not help.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Bytes of a request's head.
+const HEAD_BYTES_MAX: usize = 16 << 10;
+
+/// Who is at the other end.
+#[derive(Clone, Copy, Debug)]
+pub struct Caller {
+    /// User.
+    pub uid: u32,
+    /// Process; 0 if it is in another pid namespace.
+    pub pid: i32,
+}
+
+/// Who may connect, beyond what the socket's mode and group allow.
+#[derive(Clone, Debug, Default)]
+pub struct Access {
+    /// Users; empty: whoever can open the socket.
+    pub uids: Vec<u32>,
+}
+
+/// Serves `router` on the socket until the process ends.
+pub async fn serve(listener: StdListener, router: Router, access: Access) -> std::io::Result<()> {
+    listener.set_nonblocking(true)?;
+    let listener = UnixListener::from_std(listener)?;
+    let door =
+        Arc::new(Door { own_uid: rustix::process::geteuid().as_raw(), access, inside: Mutex::default() });
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => admit(&door, stream, &router),
+            Err(error) => {
+                tracing::warn!("cannot accept on the API's socket: {error}");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+fn admit(door: &Arc<Door>, stream: UnixStream, router: &Router) {
+    let caller = match stream.peer_cred() {
+        Ok(cred) => Caller { uid: cred.uid(), pid: cred.pid().unwrap_or(0) },
+        Err(error) => {
+            tracing::warn!("a caller without credentials: {error}");
+            return;
+        }
+    };
+    match door.enter(caller.uid) {
+        Ok(place) => {
+            let router = router.clone();
+            tokio::spawn(async move {
+                converse(stream, caller, router).await;
+                drop(place);
+            });
+        }
+        Err(problem) => {
+            tracing::warn!(uid = caller.uid, pid = caller.pid, "refused a connection: {}", problem.detail);
+            refuse(&stream, &problem);
+        }
+    }
+}
+
+async fn converse(stream: UnixStream, caller: Caller, router: Router) {
+    let deadlines = Arc::new(Deadlines::default());
+    let io = TokioIo::new(Patient::new(stream, deadlines.clone()));
+    let inner = TowerToHyperService::new(router);
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        deadlines.answering();
+        request.extensions_mut().insert(caller);
+        let (answer, deadlines) = (inner.call(request), deadlines.clone());
+        async move {
+            let answer = answer.await;
+            deadlines.answered();
+            answer as Result<_, Infallible>
+        }
+    });
+    // Our own deadlines know the difference between idle and slow; hyper's would need a timer for both.
+    let connection = http1::Builder::new()
+        .header_read_timeout(None)
+        .max_header_size(HEAD_BYTES_MAX)
+        .serve_connection(io, service);
+    if let Err(error) = connection.await {
+        tracing::debug!(uid = caller.uid, pid = caller.pid, "API connection ended: {error}");
+    }
+}
+
+/// Answers once without reading anything. What the socket's buffer does not take at once is lost: nobody waits here.
+fn refuse(stream: &UnixStream, problem: &Problem) {
+    let body = serde_json::to_string(problem).expect("a problem is plain JSON");
+    let head =
+        "HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-type: application/problem+json";
+    let _ = stream.try_write(format!("{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len()).as_bytes());
+}
+
+/// Counts who is inside.
+struct Door {
+    own_uid: u32,
+    access: Access,
+    inside: Mutex<HashMap<u32, usize>>,
+}
+
+/// A place inside, given back when dropped.
+struct Place {
+    door: Arc<Door>,
+    uid: u32,
+}
+
+impl Door {
+    fn enter(self: &Arc<Self>, uid: u32) -> Result<Place, Problem> {
+        let operator = uid == 0 || uid == self.own_uid;
+        if !operator && !self.access.uids.is_empty() && !self.access.uids.contains(&uid) {
+            return Err(Problem::new(Kind::Denied, format!("user {uid} is not in api.uids")));
+        }
+        let mut inside = self.inside.lock().expect("no holder of the door's lock panics");
+        let (all, own) = (inside.values().sum::<usize>(), inside.get(&uid).copied().unwrap_or(0));
+        let room = if operator { CONNECTIONS_MAX } else { CONNECTIONS_MAX - CONNECTIONS_RESERVED };
+        if all >= room || (!operator && own >= CONNECTIONS_PER_UID) {
+            let detail = format!("too many connections: {all} in all, {own} of user {uid}");
+            return Err(Problem::new(Kind::Unavailable, detail));
+        }
+        *inside.entry(uid).or_default() += 1;
+        Ok(Place { door: self.clone(), uid })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut inside = self.door.inside.lock().expect("no holder of the door's lock panics");
+        if let Some(count) = inside.get_mut(&self.uid) {
+            *count -= 1;
+            if *count == 0 {
+                inside.remove(&self.uid);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn door(uids: Vec<u32>) -> Arc<Door> {
+        Arc::new(Door { own_uid: 500, access: Access { uids }, inside: Mutex::default() })
+    }
+
+    #[test]
+    fn one_user_cannot_take_every_place() {
+        let door = door(vec![]);
+        let mut places: Vec<_> = (0..CONNECTIONS_PER_UID).map(|_| door.enter(1000).unwrap()).collect();
+        assert_eq!(door.enter(1000).err().unwrap().kind, Kind::Unavailable);
+        places.pop();
+        assert!(door.enter(1000).is_ok());
+    }
+
+    #[test]
+    fn places_are_kept_for_operators() {
+        let door = door(vec![]);
+        let users = 1000..;
+        let mut places: Vec<_> = users.map_while(|uid| door.enter(uid).ok()).collect();
+        assert_eq!(places.len(), CONNECTIONS_MAX - CONNECTIONS_RESERVED);
+        for uid in [0, 500, 0, 500] {
+            places.push(door.enter(uid).unwrap());
+        }
+        assert_eq!(door.enter(0).err().unwrap().kind, Kind::Unavailable);
+        drop(places);
+        assert!(door.inside.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn unlisted_users_are_denied() {
+        let door = door(vec![1000]);
+        assert!(door.enter(1000).is_ok());
+        assert!(door.enter(0).is_ok());
+        assert_eq!(door.enter(1001).err().unwrap().kind, Kind::Denied);
+    }
+}

@@ -1,0 +1,345 @@
+//! What a plug is asked to be. The same type is the API's body, the stored record and what `show -o json` prints.
+//!
+//! Three shapes, told apart by which of `socket` and `to` are there:
+//!
+//! ```text
+//! socket        a port of the network, for a guest
+//! to            the network's uplink: a TAP, alone or in a Linux bridge
+//! socket + to   the two joined: a network of their own
+//! ```
+//!
+//! [`PlugSpec::completed`] fills in what was left out, so that two ways of asking for the same thing compare equal and
+//! a record says everything that unplug needs.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use utoipa::ToSchema;
+
+use crate::names::{IfName, Mac, Name, SocketPath};
+
+/// The network of a plug that names none.
+const NETWORK_DEFAULT: &str = "default";
+/// Payload of an Ethernet frame unless said otherwise, bytes.
+const MTU_DEFAULT: u16 = 1500;
+/// Bounds of an MTU, bytes: IPv4's smallest, and the largest jumbo frame.
+const MTU_RANGE: std::ops::RangeInclusive<u16> = 68..=9216;
+/// Queue pairs of one port (VIRTIO_NET_CTRL_MQ_VQ_PAIRS_MAX is higher; 128 is what front ends use).
+const QUEUES_RANGE: std::ops::RangeInclusive<u16> = 1..=128;
+
+/// What a plug is asked to be.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PlugSpec {
+    /// Network to join; `default` if left out. A plug with both `socket` and `to` is a network of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<Name>,
+    /// vhost-user socket of a guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<Socket>,
+    /// The host's side.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<To>,
+    /// The guest's address, if known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<Mac>,
+    /// Largest payload of an Ethernet frame, bytes; 1500 if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 68, maximum = 9216)]
+    pub mtu: Option<u16>,
+    /// Queue pairs. Left out: a guest may use up to 128, a TAP has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 128)]
+    pub queues: Option<u16>,
+}
+
+/// A vhost-user socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Socket {
+    /// Our side of it.
+    pub role: Role,
+    /// Where it is.
+    pub path: SocketPath,
+}
+
+/// Who makes a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// The daemon makes it, the front end connects.
+    Listen,
+    /// The front end makes it, the daemon connects, for ever.
+    Connect,
+}
+
+/// The host's side of a plug.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum To {
+    /// A TAP that is in no bridge.
+    Tap {
+        /// The TAP.
+        tap: IfName,
+        /// Address of the host's interface; the kernel picks one if left out.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        mac: Option<Mac>,
+    },
+    /// A TAP in a Linux bridge.
+    Bridge {
+        /// The bridge; made if it is not there.
+        bridge: IfName,
+        /// The TAP; named after the plug if left out.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        tap: Option<IfName>,
+    },
+    /// A TAP in an Open vSwitch bridge. Not supported yet.
+    Ovs {
+        /// The bridge.
+        bridge: IfName,
+    },
+}
+
+/// Why a spec cannot be.
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    /// Nothing to plug.
+    #[error("the plug has neither a socket nor a host side: give one of them, or both")]
+    Empty,
+    /// A network for two that are a network of their own.
+    #[error("a plug with both a socket and a host side is a network of its own: leave out network {0}")]
+    NetworkOfItsOwn(Name),
+    /// An uplink has no guest.
+    #[error("mac {0} is a guest's address, and a plug without a socket has no guest")]
+    MacWithoutGuest(Mac),
+    /// A number out of bounds.
+    #[error("{field} is {value}, it must be {min} to {max}")]
+    Bounds {
+        /// Which one.
+        field: &'static str,
+        /// As asked.
+        value: u16,
+        /// Smallest possible.
+        min: u16,
+        /// Largest possible.
+        max: u16,
+    },
+    /// Open vSwitch.
+    #[error(
+        "ovs:{0} is not supported yet: use bridge:NAME (a Linux bridge) or tap:NAME and add the TAP yourself"
+    )]
+    Ovs(IfName),
+}
+
+impl SpecError {
+    /// The member of the spec that is at fault.
+    pub fn field(&self) -> Option<&'static str> {
+        match self {
+            Self::Empty => None,
+            Self::NetworkOfItsOwn(_) => Some("spec.network"),
+            Self::MacWithoutGuest(_) => Some("spec.mac"),
+            Self::Bounds { field, .. } => Some(field),
+            Self::Ovs(_) => Some("spec.to"),
+        }
+    }
+}
+
+impl PlugSpec {
+    /// The same, checked, with everything that was left out filled in for plug `id`.
+    pub fn completed(mut self, id: &Name) -> Result<Self, SpecError> {
+        match (&self.socket, &self.to) {
+            (None, None) => return Err(SpecError::Empty),
+            (_, Some(To::Ovs { bridge })) => return Err(SpecError::Ovs(bridge.clone())),
+            (Some(_), Some(_)) => {
+                if let Some(network) = self.network {
+                    return Err(SpecError::NetworkOfItsOwn(network));
+                }
+            }
+            _ => {
+                let default = || NETWORK_DEFAULT.parse().expect("the default network's name is a name");
+                self.network.get_or_insert_with(default);
+            }
+        }
+        if let (None, Some(mac)) = (&self.socket, self.mac) {
+            return Err(SpecError::MacWithoutGuest(mac));
+        }
+        bounded("spec.mtu", *self.mtu.get_or_insert(MTU_DEFAULT), MTU_RANGE)?;
+        if let Some(queues) = self.queues {
+            bounded("spec.queues", queues, QUEUES_RANGE)?;
+        }
+        if let Some(To::Bridge { tap, .. }) = &mut self.to {
+            tap.get_or_insert_with(|| tap_name(id));
+        }
+        Ok(self)
+    }
+
+    /// The network's name inside the dataplane. `:` is in no name that people can give.
+    pub fn network_of(&self, id: &Name) -> String {
+        match &self.network {
+            Some(network) => network.to_string(),
+            None => format!("plug:{id}"),
+        }
+    }
+
+    /// True for the port through which a network reaches the host.
+    pub fn is_uplink(&self) -> bool {
+        self.socket.is_none()
+    }
+
+    /// Queue pairs that a guest may use.
+    pub fn guest_queues(&self) -> u16 {
+        self.queues.unwrap_or(*QUEUES_RANGE.end())
+    }
+
+    /// MTU of a completed spec.
+    pub fn mtu_bytes(&self) -> u16 {
+        self.mtu.unwrap_or(MTU_DEFAULT)
+    }
+
+    /// Queues of the TAP.
+    pub fn tap_queues(&self) -> u16 {
+        self.queues.unwrap_or(1)
+    }
+
+    /// Members in which two specs differ, as `socket.path`.
+    pub fn differences(&self, other: &Self) -> Vec<String> {
+        let as_json = |spec| serde_json::to_value(spec).expect("a spec is plain JSON");
+        let mut fields = Vec::new();
+        differing(&as_json(self), &as_json(other), "", &mut fields);
+        fields
+    }
+}
+
+impl To {
+    /// The TAP's name.
+    pub fn tap(&self, id: &Name) -> IfName {
+        match self {
+            Self::Tap { tap, .. } | Self::Bridge { tap: Some(tap), .. } => tap.clone(),
+            Self::Bridge { tap: None, .. } | Self::Ovs { .. } => tap_name(id),
+        }
+    }
+}
+
+fn bounded(field: &'static str, value: u16, range: std::ops::RangeInclusive<u16>) -> Result<(), SpecError> {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    Err(SpecError::Bounds { field, value, min: *range.start(), max: *range.end() })
+}
+
+/// A TAP's name made from a plug's: `vhd-ID` where that fits, else `vhd` and twelve digits of a hash, the same in every
+/// release. The two cannot meet, since a hash digit is never `-`.
+fn tap_name(id: &Name) -> IfName {
+    let readable = format!("vhd-{id}");
+    if let Ok(name) = readable.parse() {
+        return name;
+    }
+    // FNV-1a, 64 bits: stable and enough to name things; a collision is found and refused at plug.
+    let hash = id.as_str().bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    format!("vhd{:012x}", hash >> 16).parse().expect("fifteen letters and digits are an interface name")
+}
+
+fn differing(a: &Value, b: &Value, at: &str, fields: &mut Vec<String>) {
+    let (Value::Object(a), Value::Object(b)) = (a, b) else {
+        if a != b {
+            fields.push(at.to_owned());
+        }
+        return;
+    };
+    let mut keys: Vec<_> = a.keys().chain(b.keys().filter(|k| !a.contains_key(*k))).collect();
+    keys.sort();
+    for key in keys {
+        let at = if at.is_empty() { key.clone() } else { format!("{at}.{key}") };
+        differing(a.get(key).unwrap_or(&Value::Null), b.get(key).unwrap_or(&Value::Null), &at, fields);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn spec(value: Value) -> PlugSpec {
+        serde_json::from_value(value).unwrap()
+    }
+
+    fn name(text: &str) -> Name {
+        text.parse().unwrap()
+    }
+
+    fn listen() -> Value {
+        json!({"role": "listen", "path": "/run/x.sock"})
+    }
+
+    #[test]
+    fn what_is_left_out_is_filled_in() {
+        let port = spec(json!({"socket": listen()})).completed(&name("vm1")).unwrap();
+        assert_eq!(
+            serde_json::to_value(&port).unwrap(),
+            json!({"network": "default", "socket": listen(), "mtu": 1500})
+        );
+        let uplink = spec(json!({"to": {"kind": "bridge", "bridge": "br0"}})).completed(&name("up")).unwrap();
+        let to = json!({"kind": "bridge", "bridge": "br0", "tap": "vhd-up"});
+        assert_eq!(
+            serde_json::to_value(&uplink).unwrap(),
+            json!({"network": "default", "to": to, "mtu": 1500})
+        );
+        let again = uplink.clone().completed(&name("up")).unwrap();
+        assert_eq!(again, uplink);
+    }
+
+    #[test]
+    fn a_joined_plug_is_a_network_of_its_own() {
+        let joined = json!({"socket": listen(), "to": {"kind": "tap", "tap": "tap0"}});
+        let joined = spec(joined).completed(&name("vm1")).unwrap();
+        assert_eq!(joined.network_of(&name("vm1")), "plug:vm1");
+        let named = json!({"network": "blue", "socket": listen(), "to": {"kind": "tap", "tap": "tap0"}});
+        assert!(matches!(spec(named).completed(&name("vm1")), Err(SpecError::NetworkOfItsOwn(_))));
+    }
+
+    #[test]
+    fn impossible_specs_are_refused() {
+        let refused = |value| spec(value).completed(&name("vm1")).unwrap_err();
+        assert!(matches!(refused(json!({})), SpecError::Empty));
+        assert!(matches!(refused(json!({"to": {"kind": "ovs", "bridge": "br-int"}})), SpecError::Ovs(_)));
+        let uplink = json!({"kind": "tap", "tap": "tap0"});
+        let with_mac = json!({"to": uplink, "mac": "52:54:00:00:00:01"});
+        assert!(matches!(refused(with_mac), SpecError::MacWithoutGuest(_)));
+        for (field, value) in [("mtu", 67), ("mtu", 9217), ("queues", 0), ("queues", 129)] {
+            let error = refused(json!({"socket": listen(), field: value}));
+            assert_eq!(error.field(), Some(format!("spec.{field}").as_str()));
+        }
+    }
+
+    #[test]
+    fn unknown_fields_are_refused_at_every_level() {
+        let bad = [
+            json!({"sockets": listen()}),
+            json!({"socket": {"role": "listen", "path": "/x", "mode": "server"}}),
+            json!({"to": {"kind": "tap", "tap": "t", "bridge": "b"}}),
+            json!({"to": {"kind": "macvtap", "tap": "t"}}),
+            json!({"socket": {"role": "server", "path": "/x"}}),
+        ];
+        for bad in bad {
+            assert!(serde_json::from_value::<PlugSpec>(bad.clone()).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn tap_names_are_stable_short_and_distinct() {
+        assert_eq!(tap_name(&name("uplink")).as_str(), "vhd-uplink");
+        let long = tap_name(&name("dc065497-3c8d-4f44-8fb4-e1d33c16a536"));
+        assert_eq!(long.as_str(), "vhd45ab527dcab4");
+        assert_ne!(long, tap_name(&name("dc065497-3c8d-4f44-8fb4-e1d33c16a537")));
+    }
+
+    #[test]
+    fn differences_are_named_by_their_path() {
+        let id = name("vm1");
+        let a = spec(json!({"socket": listen(), "mtu": 1500})).completed(&id).unwrap();
+        let b = spec(json!({"socket": {"role": "connect", "path": "/run/x.sock"}, "mtu": 9000, "queues": 2}));
+        assert_eq!(a.differences(&b.completed(&id).unwrap()), ["mtu", "queues", "socket.role"]);
+        assert!(a.differences(&a).is_empty());
+    }
+}
