@@ -46,8 +46,8 @@ impl Deliverer {
 
     /// Delivers the selected frames to `port`.
     #[inline]
-    pub(crate) fn deliver(&mut self, port: &Port, burst: &Burst<'_>, select: &[u16]) {
-        if select.is_empty() {
+    pub(crate) fn deliver(&mut self, port: &Port, burst: &Burst<'_>, select: u64) {
+        if select == 0 {
             return;
         }
         match &port.link {
@@ -57,56 +57,51 @@ impl Deliverer {
     }
 
     #[inline]
-    fn guest(&mut self, port: &Port, guest: &Guest, burst: &Burst<'_>, select: &[u16]) {
+    fn guest(&mut self, port: &Port, guest: &Guest, burst: &Burst<'_>, select: u64) {
         match guest.active() {
-            0 => port.counters.drop(DropReason::GuestRxRingDisabled, select.len() as u64),
+            0 => port.counters.drop(DropReason::GuestRxRingDisabled, select.count_ones().into()),
             1 => self.queue(port, guest, guest.queue_for(0, 1), burst, select),
             active => self.spread(port, guest, active, burst, select),
         }
     }
 
     /// Several RX queues: a flow always goes to the same one, so that it keeps its order.
-    fn spread(&mut self, port: &Port, guest: &Guest, active: u16, burst: &Burst<'_>, select: &[u16]) {
+    fn spread(&mut self, port: &Port, guest: &Guest, active: u16, burst: &Burst<'_>, select: u64) {
         let mut queues = [0u16; BURST_MAX];
-        for (queue, frame) in queues.iter_mut().zip(select) {
-            *queue = guest.queue_for(flow_hash(burst.prefix(usize::from(*frame))), active);
+        for frame in each(select) {
+            queues[frame] = guest.queue_for(flow_hash(burst.prefix(frame)), active);
         }
-        let queues = &queues[..select.len()];
-        for (first, queue) in queues.iter().enumerate() {
-            if queues[..first].contains(queue) {
-                continue;
-            }
-            let mut chosen = [0u16; BURST_MAX];
-            let mut count = 0;
-            for (frame, _) in select.iter().zip(queues).filter(|(_, q)| *q == queue) {
-                chosen[count] = *frame;
-                count += 1;
-            }
-            self.queue(port, guest, *queue, burst, &chosen[..count]);
+        let mut left = select;
+        while left != 0 {
+            let queue = queues[left.trailing_zeros() as usize % BURST_MAX];
+            let same =
+                each(left).filter(|frame| queues[*frame] == queue).fold(0, |set, frame| set | 1 << frame);
+            left &= !same;
+            self.queue(port, guest, queue, burst, same);
         }
     }
 
     #[inline]
-    fn queue(&mut self, port: &Port, guest: &Guest, queue: u16, burst: &Burst<'_>, select: &[u16]) {
+    fn queue(&mut self, port: &Port, guest: &Guest, queue: u16, burst: &Burst<'_>, select: u64) {
         let Some(pair) = guest.pairs.get(usize::from(queue)) else { return };
         if self.plain {
             return self.enqueue(port, &pair.rx, queue, burst, select);
         }
         let accepts = guest.accepts();
         // Frames that need no help go as they are, in runs between those that do, so that order is kept.
-        let needs_help = |frame: &u16| {
-            !accepts.contains(VnetHeader::from_bytes(burst.header(usize::from(*frame))).needs())
-        };
-        let mut rest = select;
-        while let Some(first) = rest.first() {
-            if needs_help(first) {
-                self.help(port, &pair.rx, queue, burst, usize::from(*first), accepts);
-                rest = &rest[1..];
-            } else {
-                let run = rest.iter().position(needs_help).unwrap_or(rest.len());
-                self.enqueue(port, &pair.rx, queue, burst, &rest[..run]);
-                rest = &rest[run..];
+        let mut run = 0;
+        for frame in each(select) {
+            if accepts.contains(VnetHeader::from_bytes(burst.header(frame)).needs()) {
+                run |= 1 << frame;
+                continue;
             }
+            if run != 0 {
+                self.enqueue(port, &pair.rx, queue, burst, std::mem::take(&mut run));
+            }
+            self.help(port, &pair.rx, queue, burst, frame, accepts);
+        }
+        if run != 0 {
+            self.enqueue(port, &pair.rx, queue, burst, run);
         }
     }
 
@@ -127,8 +122,7 @@ impl Deliverer {
                 let made = software
                     .frames
                     .load(parts.iter().map(|part| (&part.header, &software.bytes[part.start..part.end])));
-                let all: [u16; BURST_MAX] = std::array::from_fn(|i| u16::try_from(i).unwrap_or(0));
-                self.enqueue(port, slot, queue, &made, &all[..parts.len()]);
+                self.enqueue(port, slot, queue, &made, u64::MAX);
             }
         } else {
             slot.counters().drop(DropReason::GsoUnsupported, 1);
@@ -137,18 +131,11 @@ impl Deliverer {
     }
 
     #[inline]
-    fn enqueue(
-        &mut self,
-        port: &Port,
-        slot: &RingSlot<RxRing>,
-        queue: u16,
-        burst: &Burst<'_>,
-        select: &[u16],
-    ) {
+    fn enqueue(&mut self, port: &Port, slot: &RingSlot<RxRing>, queue: u16, burst: &Burst<'_>, select: u64) {
         let mut state = slot.lock();
         let enabled = state.enabled;
         let Some(ring) = state.ring.as_mut().filter(|_| enabled) else {
-            return port.counters.drop(DropReason::GuestRxRingDisabled, select.len() as u64);
+            return port.counters.drop(DropReason::GuestRxRingDisabled, select.count_ones().into());
         };
         let counters = slot.counters();
         match ring.enqueue(burst, select) {
@@ -170,7 +157,7 @@ impl Deliverer {
                 }
             }
             Err(fault) => {
-                counters.drop(DropReason::GuestDescriptorInvalid, select.len() as u64);
+                counters.drop(DropReason::GuestDescriptorInvalid, select.count_ones().into());
                 if let Some(err) = ring.err_fd() {
                     let _ = self.caller.call(err);
                 }
@@ -183,10 +170,10 @@ impl Deliverer {
     }
 
     /// A TAP takes every offload, since the kernel behind it does.
-    fn tap(&mut self, port: &Port, tap: &Tap, burst: &Burst<'_>, select: &[u16]) {
+    fn tap(&mut self, port: &Port, tap: &Tap, burst: &Burst<'_>, select: u64) {
         let Some(queue) = tap.queues.get(self.worker as usize % tap.queues.len().max(1)) else { return };
         let (mut frames, mut bytes, mut gso) = (0, 0, 0);
-        for frame in select.iter().map(|frame| usize::from(*frame)) {
+        for frame in each(select) {
             let header = VnetHeader::from_bytes(burst.header(frame));
             if burst.frame_len(frame) > port.frame_max() && !header.is_gso() {
                 queue.tx.drop(DropReason::MtuExceeded, 1);
@@ -220,9 +207,18 @@ impl Deliverer {
     }
 }
 
-fn gso_frames(burst: &Burst<'_>, select: &[u16]) -> u64 {
-    let gso = |frame: &&u16| VnetHeader::from_bytes(burst.header(usize::from(**frame))).is_gso();
-    select.iter().filter(gso).count() as u64
+fn gso_frames(burst: &Burst<'_>, select: u64) -> u64 {
+    each(select).filter(|frame| VnetHeader::from_bytes(burst.header(*frame)).is_gso()).count() as u64
+}
+
+/// The frames of a set, in order.
+#[inline]
+fn each(mut set: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let frame = (set != 0).then(|| set.trailing_zeros() as usize % BURST_MAX)?;
+        set &= set - 1;
+        Some(frame)
+    })
 }
 
 /// Room for what software makes of one frame.

@@ -84,9 +84,14 @@ impl Network {
     }
 }
 
-/// Where a frame goes, as a number: a slot, or one of these.
-const FLOOD: u16 = u16::MAX;
-const DROPPED: u16 = u16::MAX - 1;
+/// Where a frame goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum To {
+    /// The port in this slot.
+    Port(u16),
+    /// Every port but the sender's.
+    Flood,
+}
 
 /// Where the frames of a burst come from.
 pub(crate) struct Ingress<'a> {
@@ -105,97 +110,60 @@ pub(crate) struct Ingress<'a> {
 #[inline]
 pub(crate) fn forward(ingress: &Ingress<'_>, burst: &mut Burst<'_>, deliverer: &mut Deliverer) -> u64 {
     let mut class = Classifier::new(ingress);
-    let mut to = [DROPPED; BURST_MAX];
     let count = burst.len();
-    for (i, to) in to.iter_mut().enumerate().take(count) {
-        *to = class.classify(burst, i);
+    for index in 0..count {
+        class.classify(burst, index);
     }
-    let to = &to[..count];
-    ingress.counters.burst(class.frames, class.bytes, class.gso_frames);
+    let frames = count as u64;
+    ingress.counters.burst(frames, class.bytes, class.gso_frames);
     deliverer.plain = class.offloads == 0;
-    if class.flooded {
-        flood(ingress, burst, to, deliverer);
-    } else {
-        unicast(ingress, burst, to, deliverer);
-    }
-    class.frames
-}
-
-/// No frame of the burst is flooded: visits each destination once.
-#[inline]
-fn unicast(ingress: &Ingress<'_>, burst: &Burst<'_>, to: &[u16], deliverer: &mut Deliverer) {
-    // A bit for each frame that is still to be delivered.
-    let mut left = to.iter().enumerate().fold(0u64, |bits, (i, to)| bits | u64::from(*to != DROPPED) << i);
-    while left != 0 {
-        let first = left.trailing_zeros() as usize;
-        let slot = to[first];
-        let mut select = [0u16; BURST_MAX];
-        let mut selected = 0;
-        for (i, to) in (0u16..).zip(to).skip(first) {
-            if *to == slot {
-                left &= !(1 << i);
-                select[selected] = i;
-                selected += 1;
+    if class.flooded == 0 {
+        for (slot, select) in class.groups() {
+            match ingress.table.get(usize::from(*slot)) {
+                Some(Some(port)) => deliverer.deliver(port, burst, *select),
+                // The port was removed after the look-up: its addresses are on their way out of the FDB.
+                _ => ingress.counters.drop(DropReason::PortDraining, select.count_ones().into()),
             }
         }
-        deliver_to(ingress, burst, slot, &select[..selected], deliverer);
+    } else {
+        flood(ingress, burst, &class, deliverer);
     }
+    frames
 }
 
 /// At least one frame goes to every port: visits every port of the network, so that order holds between a flow's
 /// flooded and its first unicast frames.
 #[inline(never)]
-fn flood(ingress: &Ingress<'_>, burst: &Burst<'_>, to: &[u16], deliverer: &mut Deliverer) {
+fn flood(ingress: &Ingress<'_>, burst: &Burst<'_>, class: &Classifier<'_, '_>, deliverer: &mut Deliverer) {
     let mut others = false;
-    for port in ingress.table.iter().flatten() {
-        if port.slot == ingress.port.slot {
-            continue;
-        }
+    for port in ingress.table.iter().flatten().filter(|port| port.slot != ingress.port.slot) {
         others = true;
-        let mut select = [0u16; BURST_MAX];
-        let mut selected = 0;
-        for (i, to) in (0u16..).zip(to) {
-            if *to == port.slot || *to == FLOOD {
-                select[selected] = i;
-                selected += 1;
-            }
-        }
-        deliverer.deliver(port, burst, &select[..selected]);
+        let own = class.groups().iter().find(|(slot, _)| *slot == port.slot);
+        deliverer.deliver(port, burst, class.flooded | own.map_or(0, |(_, select)| *select));
     }
     if !others {
-        let lonely = to.iter().filter(|to| **to == FLOOD).count() as u64;
-        ingress.counters.drop(DropReason::NoDestination, lonely);
+        ingress.counters.drop(DropReason::NoDestination, class.flooded.count_ones().into());
     }
 }
 
-#[inline]
-fn deliver_to(
-    ingress: &Ingress<'_>,
-    burst: &Burst<'_>,
-    slot: u16,
-    select: &[u16],
-    deliverer: &mut Deliverer,
-) {
-    match ingress.table.get(usize::from(slot)) {
-        Some(Some(port)) => deliverer.deliver(port, burst, select),
-        // The port was removed after the look-up: its addresses are on their way out of the FDB.
-        _ => ingress.counters.drop(DropReason::PortDraining, select.len() as u64),
-    }
-}
-
-/// Decides frame by frame; remembers the last pair of addresses, since frames come in flows.
+/// Decides frame by frame; remembers the last addresses and destination, since frames come in flows. Sets of frames are
+/// words with a bit a frame.
 struct Classifier<'a, 'b> {
     ingress: &'a Ingress<'b>,
     frame_max: u32,
     last_src: Mac,
     last_dst: Mac,
-    last_to: u16,
-    frames: u64,
+    last_to: To,
     bytes: u64,
     gso_frames: u64,
     /// Frames with a header that asks for something.
     offloads: u64,
-    flooded: bool,
+    flooded: u64,
+    /// Slots, and the frames that go there; the first `groups_len`.
+    groups: [(u16, u64); BURST_MAX],
+    groups_len: usize,
+    /// The group of the frame before.
+    last_group: usize,
 }
 
 impl<'a, 'b> Classifier<'a, 'b> {
@@ -204,34 +172,57 @@ impl<'a, 'b> Classifier<'a, 'b> {
             ingress,
             frame_max: ingress.port.frame_max(),
             last_src: Mac::ZERO,
+            // An address that is nobody's: a frame to it is flooded, as the initial `last_to` says.
             last_dst: Mac::ZERO,
-            last_to: DROPPED,
-            frames: 0,
+            last_to: To::Flood,
             bytes: 0,
             gso_frames: 0,
             offloads: 0,
-            flooded: false,
+            flooded: 0,
+            groups: [(0, 0); BURST_MAX],
+            groups_len: 0,
+            last_group: 0,
         }
     }
 
+    /// Destinations, and the frames that go there.
+    fn groups(&self) -> &[(u16, u64)] {
+        &self.groups[..self.groups_len.min(BURST_MAX)]
+    }
+
     #[inline]
-    fn classify(&mut self, burst: &mut Burst<'_>, index: usize) -> u16 {
-        self.frames += 1;
+    fn classify(&mut self, burst: &mut Burst<'_>, index: usize) {
+        let bit = 1u64 << (index % BURST_MAX);
         match self.destination(burst, index) {
             Ok(to) => {
                 self.bytes += u64::from(burst.frame_len(index));
-                self.flooded |= to == FLOOD;
-                to
+                match to {
+                    To::Flood => self.flooded |= bit,
+                    To::Port(slot) => self.collect(slot, bit),
+                }
             }
-            Err(reason) => {
-                self.ingress.counters.drop(reason, 1);
-                DROPPED
-            }
+            Err(reason) => self.ingress.counters.drop(reason, 1),
         }
     }
 
+    /// Adds a frame to those that go to `slot`.
     #[inline]
-    fn destination(&mut self, burst: &mut Burst<'_>, index: usize) -> Result<u16, DropReason> {
+    fn collect(&mut self, slot: u16, bit: u64) {
+        let last = &mut self.groups[self.last_group % BURST_MAX];
+        if last.0 == slot && last.1 != 0 {
+            last.1 |= bit;
+            return;
+        }
+        let known = self.groups().iter().position(|(have, _)| *have == slot);
+        // There are no more groups than frames.
+        self.last_group = known.unwrap_or(self.groups_len) % BURST_MAX;
+        self.groups_len = self.groups_len.max(self.last_group + 1);
+        let group = &mut self.groups[self.last_group];
+        *group = (slot, group.1 | bit);
+    }
+
+    #[inline]
+    fn destination(&mut self, burst: &mut Burst<'_>, index: usize) -> Result<To, DropReason> {
         if let Some(fault) = burst.fault(index) {
             return Err(reason_of(fault));
         }
@@ -239,19 +230,19 @@ impl<'a, 'b> Classifier<'a, 'b> {
         if burst.frame_len(index) > self.frame_max && !gso {
             return Err(DropReason::MtuExceeded);
         }
-        let Some(&addresses) = burst.prefix(index).first_chunk::<12>() else {
-            return Err(DropReason::Runt);
-        };
+        let addresses = burst.addresses(index);
         let [dst, src] = [0, 6].map(|at| Mac::new(*addresses[at..].first_chunk().expect("12 bytes")));
         if src != self.last_src {
             self.learn(src)?;
         }
-        if dst == self.last_dst && !self.last_dst.is_zero() {
-            return self.hairpin_checked(self.last_to);
+        if dst != self.last_dst {
+            self.last_to = self.look_up(dst)?;
+            self.last_dst = dst;
         }
-        let to = self.look_up(dst)?;
-        (self.last_dst, self.last_to) = (dst, to);
-        self.hairpin_checked(to)
+        if self.last_to == To::Port(self.ingress.port.slot) {
+            return Err(DropReason::Hairpin);
+        }
+        Ok(self.last_to)
     }
 
     /// Makes the header true; returns whether the frame is to be segmented by whoever cannot take it whole.
@@ -298,17 +289,12 @@ impl<'a, 'b> Classifier<'a, 'b> {
     }
 
     #[inline]
-    fn look_up(&self, dst: Mac) -> Result<u16, DropReason> {
+    fn look_up(&self, dst: Mac) -> Result<To, DropReason> {
         if dst.is_multicast() {
             // IEEE 802.1Q, 8.6.3: frames to these addresses are never relayed by a bridge.
-            return if dst.is_link_local_group() { Err(DropReason::LinkLocal) } else { Ok(FLOOD) };
+            return if dst.is_link_local_group() { Err(DropReason::LinkLocal) } else { Ok(To::Flood) };
         }
-        Ok(self.ingress.port.network.fdb.lookup(dst).unwrap_or(FLOOD))
-    }
-
-    #[inline]
-    fn hairpin_checked(&self, to: u16) -> Result<u16, DropReason> {
-        if to == self.ingress.port.slot { Err(DropReason::Hairpin) } else { Ok(to) }
+        Ok(self.ingress.port.network.fdb.lookup(dst).map_or(To::Flood, To::Port))
     }
 }
 

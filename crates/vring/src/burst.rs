@@ -55,36 +55,35 @@ impl Piece {
     const NONE: Self = Self { at: std::ptr::null(), len: 0 };
 }
 
-/// One frame's place and length.
+/// A frame of several pieces.
 #[derive(Clone, Copy)]
-struct Place {
-    /// Bytes of header + frame in all, as if the header always had [`HEADER_LEN`] bytes.
-    len: u32,
-    /// How many of them are in the private head.
+struct Chain {
+    /// Bytes in the private head.
     head_len: u32,
-    /// What follows the head.
-    tail: Piece,
-    /// And behind that: a range of the arena.
-    more_first: u32,
-    more_count: u32,
-    fault: Option<ChainFault>,
-}
-
-impl Place {
-    const EMPTY: Self =
-        Self { len: 0, head_len: 0, tail: Piece::NONE, more_first: 0, more_count: 0, fault: None };
+    /// Where the rest lies: a range of the arena.
+    first: u32,
+    count: u32,
 }
 
 #[derive(Clone)]
 #[repr(align(64))]
 struct Head([u8; HEAD_LEN]);
 
-/// Room for one burst.
+/// Room for one burst. A bit of a 64-bit word stands for each frame: sets of frames are words.
 pub struct Frames {
-    heads: Box<[Head]>,
-    places: Box<[Place]>,
+    heads: Box<[Head; BURST_MAX]>,
+    /// First byte and length (header counted as [`HEADER_LEN`]) of each frame.
+    places: Box<[Piece; BURST_MAX]>,
+    /// More of frames in `chained`.
+    chains: Box<[Chain; BURST_MAX]>,
+    /// Why frames in `faulty` are none.
+    faults: [ChainFault; BURST_MAX],
     arena: Vec<Piece>,
     count: usize,
+    chained: u64,
+    faulty: u64,
+    /// Frames behind whose first byte [`HEAD_LEN`] bytes may be read.
+    wide: u64,
 }
 
 // SAFETY: the pointers in `places` and `arena` are only followed through a `Burst`, whose lifetime keeps what they
@@ -93,13 +92,32 @@ unsafe impl Send for Frames {}
 
 impl Default for Frames {
     fn default() -> Self {
+        let chain = Chain { head_len: 0, first: 0, count: 0 };
+        let heads = vec![Head([0; HEAD_LEN]); BURST_MAX].into_boxed_slice();
         Self {
-            heads: vec![Head([0; HEAD_LEN]); BURST_MAX].into_boxed_slice(),
-            places: vec![Place::EMPTY; BURST_MAX].into_boxed_slice(),
+            heads: heads.try_into().unwrap_or_else(|_| unreachable!("made with BURST_MAX elements")),
+            places: Box::new([Piece::NONE; BURST_MAX]),
+            chains: Box::new([chain; BURST_MAX]),
+            faults: [ChainFault::Malformed; BURST_MAX],
             arena: Vec::new(),
             count: 0,
+            chained: 0,
+            faulty: 0,
+            wide: 0,
         }
     }
+}
+
+/// The low six bits, so that the compiler sees an index below [`BURST_MAX`].
+#[inline]
+fn slot(index: usize) -> usize {
+    index % BURST_MAX
+}
+
+/// The set of one frame.
+#[inline]
+fn bit(index: usize) -> u64 {
+    1 << slot(index)
 }
 
 impl Frames {
@@ -111,43 +129,33 @@ impl Frames {
     ) -> Burst<'m> {
         self.clear();
         for (header, frame) in frames.into_iter().take(BURST_MAX) {
-            let head = &mut self.heads[self.count].0;
-            head[..HEADER_LEN].copy_from_slice(header);
-            let private = frame.len().min(HEAD_LEN - HEADER_LEN);
-            head[HEADER_LEN..HEADER_LEN + private].copy_from_slice(&frame[..private]);
-            let rest = &frame[private..];
-            let len = u32::try_from(frame.len()).unwrap_or(u32::MAX);
-            let fault = match len {
-                0..14 => Some(ChainFault::Short),
-                14..=FRAME_LEN_MAX => None,
-                _ => Some(ChainFault::Long),
-            };
-            #[allow(clippy::cast_possible_truncation)]
-            let place = Place {
-                len: len.saturating_add(HEADER_BYTES),
-                head_len: (HEADER_LEN + private) as u32,
-                tail: Piece { at: rest.as_ptr(), len: rest.len() as u32 },
-                fault,
-                ..Place::EMPTY
-            };
-            self.places[self.count] = place;
-            self.count += 1;
+            match u32::try_from(frame.len()).unwrap_or(u32::MAX) {
+                0..14 => self.push_fault(ChainFault::Short),
+                len @ 14..=FRAME_LEN_MAX => self.push_own(header, frame, len),
+                _ => self.push_fault(ChainFault::Long),
+            }
         }
         Burst { frames: self, source: PhantomData }
     }
 
-    pub(crate) fn clear(&mut self) {
-        self.count = 0;
-        self.arena.clear();
-    }
-
-    pub(crate) fn count(&self) -> usize {
-        self.count
+    fn push_own(&mut self, header: &[u8; HEADER_LEN], frame: &[u8], len: u32) {
+        let head = &mut self.heads[slot(self.count)].0;
+        let private = frame.len().min(HEAD_LEN - HEADER_LEN);
+        head[..HEADER_LEN].copy_from_slice(header);
+        head[HEADER_LEN..HEADER_LEN + private].copy_from_slice(&frame[..private]);
+        // As if the header stood before the frame: what follows the head is found by adding to the first byte.
+        let at = frame.as_ptr().wrapping_sub(HEADER_LEN);
+        self.places[slot(self.count)] = Piece { at, len: len + HEADER_BYTES };
+        self.count += 1;
     }
 
     #[inline]
-    pub(crate) fn is_fault(&self, index: usize) -> bool {
-        self.places[index].fault.is_some()
+    pub(crate) fn clear(&mut self) {
+        self.count = 0;
+        self.chained = 0;
+        self.faulty = 0;
+        self.wide = 0;
+        self.arena.clear();
     }
 
     /// Whether another chain of any legal length still fits.
@@ -155,17 +163,20 @@ impl Frames {
         self.count < BURST_MAX && self.arena.len() <= PIECES_MAX / 2
     }
 
-    /// Adds a frame of one piece, header included. Its head is fetched by [`Self::fetch_heads`].
+    /// Adds a frame of one piece, header included; `room` bytes may be read there. Its head is fetched by
+    /// [`Self::fetch_heads`].
     #[inline]
-    pub(crate) fn push_single(&mut self, at: *const u8, len: u32) {
-        self.places[self.count] = Place { len, tail: Piece { at, len }, ..Place::EMPTY };
+    pub(crate) fn push_single(&mut self, at: *const u8, len: u32, room: u64) {
+        self.places[slot(self.count)] = Piece { at, len };
+        self.wide |= u64::from(room >= HEAD_LEN as u64) << slot(self.count);
         self.count += 1;
     }
 
     /// Adds a chain that cannot be a frame.
     #[cold]
     pub(crate) fn push_fault(&mut self, fault: ChainFault) {
-        self.places[self.count] = Place { fault: Some(fault), ..Place::EMPTY };
+        self.faults[slot(self.count)] = fault;
+        self.faulty |= bit(self.count);
         self.count += 1;
     }
 
@@ -192,87 +203,84 @@ impl Frames {
     /// Ends the frame begun at `first`, `len` bytes in all.
     #[allow(clippy::cast_possible_truncation)]
     pub(crate) fn end_chain(&mut self, first: usize, len: u32) {
-        let tail = self.arena.get(first).copied().unwrap_or(Piece::NONE);
-        let more_first = (first + 1).min(self.arena.len());
-        self.places[self.count] = Place {
-            len,
-            tail,
-            more_first: more_first as u32,
-            more_count: (self.arena.len() - more_first) as u32,
-            ..Place::EMPTY
-        };
+        let index = slot(self.count);
+        let at = self.arena.get(first).map_or(std::ptr::null(), |piece| piece.at);
+        self.places[index] = Piece { at, len };
+        self.chains[index] =
+            Chain { head_len: 0, first: first as u32, count: (self.arena.len() - first) as u32 };
+        self.chained |= bit(index);
         self.count += 1;
     }
 
-    /// Where the frame's first bytes are, for prefetching.
-    #[inline]
-    pub(crate) fn first_byte(&self, index: usize) -> *const u8 {
-        self.places[index].tail.at
-    }
-
-    /// Copies the first bytes of frame `index` into private memory, `header_len` of them being the ring's header.
+    /// Copies the first bytes of every frame into private memory; `header_len` of them are the ring's header.
     ///
     /// # Safety
-    /// All pieces pushed for this frame are valid for reads. `readable` bytes may be read from the first piece on.
+    /// All pieces pushed are valid for reads, and so are [`HEAD_LEN`] bytes at a piece pushed with that much room.
     #[inline]
-    #[allow(clippy::cast_possible_truncation)]
-    pub(crate) unsafe fn fetch_head(&mut self, index: usize, header_len: u32, readable: usize) {
-        let place = &mut self.places[index];
-        let head = self.heads[index].0.as_mut_ptr();
-        if header_len == HEADER_BYTES
-            && readable >= HEAD_LEN
-            && place.tail.len >= place.len.min(HEAD_LEN as u32)
-        {
-            let private = place.len.min(HEAD_LEN as u32);
-            // SAFETY: 128 bytes are readable at the first piece, and a head has 128. Bytes behind a short frame may be
-            // read (they are in the same region) but are never looked at: `head_len` ends before them.
-            unsafe { std::ptr::copy_nonoverlapping(place.tail.at, head, HEAD_LEN) };
-            place.head_len = private;
-            place.tail =
-                Piece { at: place.tail.at.wrapping_add(private as usize), len: place.tail.len - private };
-        } else {
-            // SAFETY: the caller's promise.
-            unsafe { self.fetch_head_slow(index, header_len) };
+    pub(crate) unsafe fn fetch_heads(&mut self, header_len: u32) {
+        let simple = if header_len == HEADER_BYTES { self.wide } else { 0 };
+        for index in 0..self.count.min(BURST_MAX) {
+            if simple & bit(index) != 0 {
+                let head = &mut self.heads[index].0;
+                // SAFETY: `wide`, so as many bytes are readable as a head has. Bytes behind a short frame may be read
+                // (they are in the same region) but are never looked at.
+                unsafe { std::ptr::copy_nonoverlapping(self.places[index].at, head.as_mut_ptr(), HEAD_LEN) };
+            } else if self.faulty & bit(index) == 0 {
+                // SAFETY: the caller's promise.
+                unsafe { self.fetch_head(index, header_len) };
+            }
+            // Virtio 1.2, 5.1.6.2.1: num_buffers means nothing on transmit; 5.1.6.4: a receiver finds 1 unless merged.
+            self.heads[index].0[10..HEADER_LEN].copy_from_slice(&1u16.to_le_bytes());
         }
-        // Virtio 1.2, 5.1.6.2.1: num_buffers means nothing on transmit; 5.1.6.4: a receiver finds 1 unless merged.
-        self.heads[index].0[10..HEADER_LEN].copy_from_slice(&1u16.to_le_bytes());
     }
 
-    /// As [`Self::fetch_head`], from any number of pieces, and with the legacy header of 10 bytes spread to 12.
+    /// As [`Self::fetch_heads`] for one frame, from any number of pieces, and with the legacy header of 10 bytes spread
+    /// to 12.
     ///
     /// # Safety
     /// All pieces pushed for this frame are valid for reads.
     #[inline(never)]
-    unsafe fn fetch_head_slow(&mut self, index: usize, header_len: u32) {
-        let place = &mut self.places[index];
+    unsafe fn fetch_head(&mut self, index: usize, header_len: u32) {
+        if self.chained & bit(index) == 0 {
+            // From here on it is a chain of one piece.
+            let first = self.arena.len();
+            let piece = self.places[index];
+            self.arena.push(piece);
+            let count = 1;
+            #[allow(clippy::cast_possible_truncation)]
+            let chain = Chain { head_len: 0, first: first as u32, count };
+            self.chains[index] = chain;
+            self.chained |= bit(index);
+        }
+        let chain = &mut self.chains[index];
         let head = &mut self.heads[index].0;
-        let mut filled = 0usize;
         // Virtio 1.2, 5.1.6.1: without MRG_RXBUF and VERSION_1 the header ends before num_buffers.
-        let gap = HEADER_LEN - header_len as usize;
-        while place.tail.len != 0 && filled < HEAD_LEN {
+        let (header_len, gap) = (header_len as usize, HEADER_LEN - header_len as usize);
+        let mut filled = 0usize;
+        while filled < HEAD_LEN && chain.count != 0 {
+            let piece = &mut self.arena[chain.first as usize];
             // The header's bytes first, then a jump over the gap, then the frame's.
-            let end = if filled < header_len as usize { header_len as usize } else { HEAD_LEN };
-            let part = (place.tail.len as usize).min(end - filled);
+            let end = if filled < header_len { header_len } else { HEAD_LEN };
+            let part = (piece.len as usize).min(end - filled);
             // SAFETY: `part` bytes are left in the piece (valid by contract) and in the head.
-            unsafe { copy(place.tail.at, head.as_mut_ptr().add(filled), part) };
+            unsafe { copy(piece.at, head.as_mut_ptr().add(filled), part) };
             filled += part;
-            if filled == header_len as usize && gap != 0 {
+            if filled == header_len && gap != 0 {
                 head[filled..HEADER_LEN].fill(0);
                 filled = HEADER_LEN;
             }
             #[allow(clippy::cast_possible_truncation)]
             let taken = part as u32;
-            place.tail = Piece { at: place.tail.at.wrapping_add(part), len: place.tail.len - taken };
-            if place.tail.len == 0 && place.more_count != 0 {
-                place.tail = self.arena[place.more_first as usize];
-                place.more_first += 1;
-                place.more_count -= 1;
+            *piece = Piece { at: piece.at.wrapping_add(part), len: piece.len - taken };
+            if piece.len == 0 {
+                chain.first += 1;
+                chain.count -= 1;
             }
         }
         #[allow(clippy::cast_possible_truncation)]
         {
-            place.head_len = filled as u32;
-            place.len += gap as u32;
+            chain.head_len = filled as u32;
+            self.places[index].len += gap as u32;
         }
     }
 }
@@ -304,35 +312,51 @@ impl<'m> Burst<'m> {
         self.frames.count == 0
     }
 
+    /// The set of chains that are frames.
+    #[inline]
+    pub fn valid(&self) -> u64 {
+        let all = if self.frames.count == 0 {
+            0
+        } else {
+            u64::MAX >> (BURST_MAX - self.frames.count.min(BURST_MAX))
+        };
+        all & !self.frames.faulty
+    }
+
     /// What is wrong with chain `index`, if it is no frame.
     #[inline]
     pub fn fault(&self, index: usize) -> Option<ChainFault> {
-        self.frames.places[index].fault
+        (self.frames.faulty & bit(index) != 0).then(|| self.frames.faults[slot(index)])
     }
 
     /// Length of frame `index` without its virtio-net header.
     #[inline]
     pub fn frame_len(&self, index: usize) -> u32 {
-        self.frames.places[index].len.saturating_sub(HEADER_BYTES)
+        self.frames.places[slot(index)].len.saturating_sub(HEADER_BYTES)
     }
 
     /// The virtio-net header, private.
     #[inline]
     pub fn header(&self, index: usize) -> &[u8; HEADER_LEN] {
-        self.frames.heads[index].0.first_chunk().expect("a head is longer than a header")
+        self.frames.heads[slot(index)].0.first_chunk().expect("a head is longer than a header")
     }
 
     /// Replaces the virtio-net header that receivers will see.
     #[inline]
     pub fn set_header(&mut self, index: usize, header: &[u8; HEADER_LEN]) {
-        self.frames.heads[index].0[..HEADER_LEN].copy_from_slice(header);
+        self.frames.heads[slot(index)].0[..HEADER_LEN].copy_from_slice(header);
+    }
+
+    /// Destination and source address, private.
+    #[inline]
+    pub fn addresses(&self, index: usize) -> &[u8; 12] {
+        self.frames.heads[slot(index)].0[HEADER_LEN..].first_chunk().expect("a head holds an Ethernet header")
     }
 
     /// The frame's first bytes, private: all of it or [`HEAD_LEN`] − [`HEADER_LEN`].
     #[inline]
     pub fn prefix(&self, index: usize) -> &[u8] {
-        let end = (self.frames.places[index].head_len as usize).clamp(HEADER_LEN, HEAD_LEN);
-        &self.frames.heads[index].0[HEADER_LEN..end]
+        self.head(index).get(HEADER_LEN..).unwrap_or(&[])
     }
 
     /// Copies the whole frame, without its header, to the end of `to`.
@@ -353,12 +377,11 @@ impl<'m> Burst<'m> {
     /// a call takes is gathered into `scratch` first.
     pub fn write_to(&self, index: usize, fd: BorrowedFd<'_>, scratch: &mut Vec<u8>) -> io::Result<usize> {
         const PIECES: usize = 66;
-        let place = &self.frames.places[index];
+        let head = self.head(index);
         let mut pieces = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; PIECES];
-        let head = &self.frames.heads[index].0[..place.head_len as usize];
         pieces[0] = iovec(head.as_ptr(), head.len());
         let mut count: u8 = 1;
-        if place.more_count as usize + 2 <= PIECES {
+        if self.pieces(index) < PIECES {
             self.each_piece(index, |at, len| {
                 pieces[usize::from(count)] = iovec(at, len);
                 count += 1;
@@ -379,32 +402,54 @@ impl<'m> Burst<'m> {
     /// Bytes of header + frame, the header counted as [`HEADER_LEN`].
     #[inline]
     pub(crate) fn total_len(&self, index: usize) -> u32 {
-        self.frames.places[index].len
+        self.frames.places[slot(index)].len
     }
 
-    /// The private head as it is delivered.
+    #[inline]
+    fn is_chained(&self, index: usize) -> bool {
+        self.frames.chained & bit(index) != 0
+    }
+
+    /// The private head as it is delivered. Nothing for a faulty chain.
     #[inline]
     pub(crate) fn head(&self, index: usize) -> &[u8] {
-        &self.frames.heads[index].0[..(self.frames.places[index].head_len as usize).min(HEAD_LEN)]
+        let head_len = if self.is_chained(index) {
+            self.frames.chains[slot(index)].head_len
+        } else {
+            self.frames.places[slot(index)].len
+        };
+        &self.frames.heads[slot(index)].0[..(head_len as usize).min(HEAD_LEN)]
     }
 
-    /// What follows the head, if it is one piece (or nothing).
+    /// What follows the head, if the frame is one piece (or all of it is in the head).
     #[inline]
-    pub(crate) fn single_tail(&self, index: usize) -> Option<(*const u8, u32)> {
-        let place = &self.frames.places[index];
-        (place.more_count == 0).then_some((place.tail.at, place.tail.len))
+    pub(crate) fn single_tail(&self, index: usize) -> Option<(*const u8, usize)> {
+        let place = self.frames.places[slot(index)];
+        let len = (place.len as usize).saturating_sub(HEAD_LEN);
+        (!self.is_chained(index)).then_some((place.at.wrapping_add(HEAD_LEN), len))
     }
 
-    /// All that follows the head, in order. Pieces are never empty.
+    /// How many pieces follow the head, at the most.
+    fn pieces(&self, index: usize) -> usize {
+        if self.is_chained(index) { self.frames.chains[slot(index)].count as usize } else { 1 }
+    }
+
+    /// All that follows the head, in order. Pieces are never empty. Nothing for a faulty chain.
     #[inline]
     pub(crate) fn each_piece(&self, index: usize, mut visit: impl FnMut(*const u8, usize)) {
-        let place = &self.frames.places[index];
-        if place.tail.len != 0 {
-            visit(place.tail.at, place.tail.len as usize);
+        if self.valid() & bit(index) == 0 {
+            return;
         }
-        let more = place.more_first as usize..(place.more_first + place.more_count) as usize;
-        for piece in &self.frames.arena[more] {
-            visit(piece.at, piece.len as usize);
+        match self.single_tail(index) {
+            Some((_, 0)) => {}
+            Some((at, len)) => visit(at, len),
+            None => {
+                let chain = self.frames.chains[slot(index)];
+                let range = chain.first as usize..(chain.first + chain.count) as usize;
+                for piece in &self.frames.arena[range] {
+                    visit(piece.at, piece.len as usize);
+                }
+            }
         }
     }
 }

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::burst::ChainFault;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, Window};
 use crate::setup::RingSetup;
 use crate::split::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, SplitRing};
 use crate::{RingError, features};
@@ -45,7 +45,7 @@ pub(crate) struct DeviceRing {
     /// Keeps what `split` points to mapped.
     pub(crate) memory: Arc<GuestMemory>,
     /// Region to try first.
-    pub(crate) hint: usize,
+    window: Window,
     /// Next available entry to take.
     pub(crate) next: u16,
     /// Available index as last seen.
@@ -68,7 +68,7 @@ impl DeviceRing {
         let ring = Self {
             split,
             memory: memory.clone(),
-            hint: 0,
+            window: Window::EMPTY,
             next: setup.base,
             seen: setup.base,
             // The one time that the used index is read back: it is where the driver expects us to go on.
@@ -87,7 +87,7 @@ impl DeviceRing {
     pub(crate) fn remap(&mut self, memory: &Arc<GuestMemory>) -> Result<(), RingFault> {
         self.split = SplitRing::new(&self.setup, memory).map_err(|_| RingFault::Unmapped)?;
         self.memory = memory.clone();
-        self.hint = 0;
+        self.window = Window::EMPTY;
         Ok(())
     }
 
@@ -106,6 +106,23 @@ impl DeviceRing {
         }
         self.seen = to;
         Ok(available)
+    }
+
+    /// Our address of a buffer that lies in one region, and how many bytes are mapped there.
+    #[inline]
+    pub(crate) fn translate(&mut self, addr: u64, len: u32) -> Option<(*mut u8, u64)> {
+        match self.window.translate(addr, len.into()) {
+            Some(found) => Some(found),
+            None => self.translate_elsewhere(addr, len),
+        }
+    }
+
+    #[cold]
+    fn translate_elsewhere(&mut self, addr: u64, len: u32) -> Option<(*mut u8, u64)> {
+        let window = self.memory.window(addr)?;
+        let found = window.translate(addr, len.into())?;
+        self.window = window;
+        Some(found)
     }
 
     /// Head of the chain in available entry `index`.

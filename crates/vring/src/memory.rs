@@ -264,24 +264,13 @@ impl GuestMemory {
         Self { regions: regions.into_boxed_slice(), faults }
     }
 
-    /// Our address of `len` bytes at guest address `addr`, if they lie in one region. `hint` is the index of the
-    /// region to try first and remembers the one found: frames of a burst mostly come from one region.
-    #[inline]
-    pub(crate) fn translate(&self, addr: u64, len: u32, hint: &mut usize) -> Option<*mut u8> {
-        if let Some(region) = self.regions.get(*hint)
-            && let Some(host) = region.host_addr(addr, u64::from(len))
-        {
-            return Some(host);
-        }
-        self.translate_cold(addr, len, hint)
-    }
-
+    /// The region that contains guest address `addr`, to look into for the addresses that follow.
     #[cold]
-    fn translate_cold(&self, addr: u64, len: u32, hint: &mut usize) -> Option<*mut u8> {
+    pub(crate) fn window(&self, addr: u64) -> Option<Window> {
         let index = self.regions.partition_point(|r| r.spec.guest_addr <= addr).checked_sub(1)?;
-        let host = self.regions[index].host_addr(addr, u64::from(len))?;
-        *hint = index;
-        Some(host)
+        let region = &self.regions[index];
+        let found = Window { guest_addr: region.spec.guest_addr, size: region.spec.size, host: region.host };
+        found.translate(addr, 0).map(|_| found)
     }
 
     /// Our address of what lies at guest address `addr` and how many of `len` bytes are contiguous there: a buffer may
@@ -295,15 +284,6 @@ impl GuestMemory {
         Some((region.host_addr(addr, u64::from(part))?, part))
     }
 
-    /// Bytes that are mapped contiguously from `host` on, if `host` came from [`Self::translate`] with this hint: a
-    /// copy may read up to so many bytes without leaving the region.
-    #[inline]
-    pub(crate) fn room_behind(&self, host: *const u8, hint: usize) -> usize {
-        let Some(region) = self.regions.get(hint) else { return 0 };
-        let offset = (host as usize).wrapping_sub(region.host as usize) as u64;
-        region.spec.size.checked_sub(offset).map_or(0, |room| usize::try_from(room).unwrap_or(usize::MAX))
-    }
-
     /// Our address of `len` bytes at the front end's own address `addr`, if they lie in one region: ring addresses.
     pub(crate) fn translate_user(&self, addr: u64, len: u64) -> Option<*mut u8> {
         self.regions.iter().find_map(|r| {
@@ -315,16 +295,40 @@ impl GuestMemory {
 
 impl Region {
     /// Our address of `len` bytes at guest address `addr`, if they lie in this region.
-    #[inline]
     fn host_addr(&self, addr: u64, len: u64) -> Option<*mut u8> {
-        let offset = addr.wrapping_sub(self.spec.guest_addr);
-        if offset >= self.spec.size || len > self.spec.size - offset {
+        let window = Window { guest_addr: self.spec.guest_addr, size: self.spec.size, host: self.host };
+        window.translate(addr, len).map(|(host, _)| host)
+    }
+}
+
+/// One region without what keeps it mapped: for looking up many addresses in a row, since the buffers of a burst mostly
+/// lie in one region. Whoever holds it holds the [`GuestMemory`] it came from.
+#[derive(Clone, Copy)]
+pub(crate) struct Window {
+    guest_addr: u64,
+    size: u64,
+    host: *mut u8,
+}
+
+// SAFETY: as for `Region`: its owner keeps the mapping.
+unsafe impl Send for Window {}
+
+impl Window {
+    /// Contains nothing.
+    pub(crate) const EMPTY: Self = Self { guest_addr: 0, size: 0, host: std::ptr::null_mut() };
+
+    /// Our address of `len` bytes at guest address `addr` if they lie in the window, and how many bytes are mapped there.
+    #[inline]
+    pub(crate) fn translate(&self, addr: u64, len: u64) -> Option<(*mut u8, u64)> {
+        let offset = addr.wrapping_sub(self.guest_addr);
+        let room = self.size.wrapping_sub(offset);
+        if offset >= self.size || len > room {
             return None;
         }
         // `size` fits a mapping, so `offset` fits a usize. `wrapping_add` keeps this safe code; whoever dereferences
         // relies on the check above: the `len` bytes lie in the mapping.
         #[allow(clippy::cast_possible_truncation)]
-        Some(self.host.wrapping_add(offset as usize))
+        Some((self.host.wrapping_add(offset as usize), room))
     }
 }
 

@@ -9,7 +9,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::RingError;
-use crate::burst::{BURST, BURST_MAX, Burst, ChainFault, HEADER_BYTES, HEADER_LEN};
+use crate::burst::{BURST_MAX, Burst, ChainFault, HEADER_BYTES, HEADER_LEN};
 use crate::copy::{copy, prefetch};
 use crate::device::{DeviceRing, RingFault};
 use crate::memory::GuestMemory;
@@ -68,60 +68,64 @@ impl RxRing {
         Ok(Self { ring: DeviceRing::start(setup, memory)?, pieces: Vec::new(), buffers: Vec::new() })
     }
 
-    /// Copies the frames of `burst` that `select` names, in that order, into the guest's buffers. Frames with a fault
-    /// must not be selected.
+    /// Copies the frames of `burst` that are in the set `select`, in their order, into the guest's buffers. Chains that
+    /// are no frames are left out.
     ///
     /// On an error the ring must not be used any more; nothing was published.
     #[inline]
-    pub fn enqueue(&mut self, burst: &Burst<'_>, select: &[u16]) -> Result<Enqueued, RingFault> {
+    pub fn enqueue(&mut self, burst: &Burst<'_>, select: u64) -> Result<Enqueued, RingFault> {
         let mut result = Enqueued::default();
-        let mut copies = [(std::ptr::null_mut::<u8>(), 0u16); BURST_MAX];
+        let mut copies = [(std::ptr::null_mut::<u8>(), 0u8); BURST_MAX];
         let mut copies_len = 0;
-        let select = &select[..select.len().min(BURST_MAX)];
+        let mut left = select & burst.valid();
         let ring = &mut self.ring;
         #[allow(clippy::cast_possible_truncation)]
-        let available = ring.available(select.len() as u16)?;
-        for i in 0..available.min(BURST) {
+        let available = ring.available(left.count_ones() as u16)?;
+        #[allow(clippy::cast_possible_truncation)]
+        for i in 0..available.min(left.count_ones() as u16) {
             ring.split.prefetch_descriptor(ring.split.avail_entry(ring.next.wrapping_add(i)));
         }
         let shorter = HEADER_BYTES - ring.header_len;
-        let mut hint = ring.hint;
         let mut taken = 0u16;
-        for (done, &frame) in select.iter().enumerate() {
+        while left != 0 {
             let ring = &mut self.ring;
             // Merged frames use more buffers than were counted at first, so look again.
             if taken >= available && ring.available(taken + 1)? <= taken {
-                #[allow(clippy::cast_possible_truncation)]
-                let left = (select.len() - done) as u32;
-                result.full += left;
+                result.full += left.count_ones();
                 break;
             }
-            let len = burst.total_len(usize::from(frame)) - shorter;
+            let frame = left.trailing_zeros() as usize % BURST_MAX;
+            left &= left - 1;
+            let len = burst.total_len(frame) - shorter;
             let (head, descriptor) = ring.head(ring.next.wrapping_add(taken))?;
             let single = descriptor.flags & (DESC_NEXT | DESC_INDIRECT | DESC_WRITE) == DESC_WRITE;
             if single
                 && descriptor.len >= len
-                && let Some(at) = ring.memory.translate(descriptor.addr, len, &mut hint)
+                && let Some((at, _)) = ring.translate(descriptor.addr, len)
             {
                 prefetch(at);
                 prefetch(at.wrapping_add(64));
-                copies[copies_len] = (at, frame);
+                #[allow(clippy::cast_possible_truncation)]
+                let copy = (at, frame as u8);
+                copies[copies_len % BURST_MAX] = copy;
                 copies_len += 1;
                 ring.split.set_used(ring.used.wrapping_add(taken), head, len);
                 taken += 1;
-                result.frames += 1;
-                result.bytes += u64::from(len - ring.header_len);
+                result.bytes += u64::from(len);
             } else {
-                taken += self.place_frame(burst, usize::from(frame), taken, &mut result)?;
+                taken += self.place_frame(burst, frame, taken, &mut result)?;
             }
         }
         let ring = &mut self.ring;
-        ring.hint = hint;
-        for &(at, frame) in &copies[..copies_len] {
+        for &(at, frame) in &copies[..copies_len.min(BURST_MAX)] {
             // SAFETY: `at` was translated for the frame's whole length in `ring.memory`, which `ring` holds.
-            unsafe { copy_frame(burst, usize::from(frame), at, ring.header_len) };
+            unsafe { copy_frame(burst, frame.into(), at, ring.header_len) };
         }
         ring.check_memory()?;
+        #[allow(clippy::cast_possible_truncation)]
+        let simple = copies_len as u32;
+        result.frames += simple;
+        result.bytes -= u64::from(simple) * u64::from(ring.header_len);
         if taken != 0 {
             ring.next = ring.next.wrapping_add(taken);
             result.call = ring.publish(ring.used.wrapping_add(taken));
@@ -280,7 +284,7 @@ unsafe fn copy_frame(burst: &Burst<'_>, frame: usize, at: *mut u8, header_len: u
         }
         match burst.single_tail(frame) {
             Some((_, 0)) => {}
-            Some((from, len)) => crate::copy::copy_overlapping(from, to, len as usize),
+            Some((from, len)) => crate::copy::copy_overlapping(from, to, len),
             None => burst.each_piece(frame, |from, len| {
                 crate::copy::copy_overlapping(from, to, len);
                 to = to.add(len);

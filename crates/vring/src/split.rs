@@ -153,11 +153,11 @@ impl SplitRing {
         unsafe { &*self.used.add(word) }
     }
 
+    /// Where used element `index` is: two 32-bit words that need not be aligned to 8.
     #[inline]
-    fn used_element(&self, index: u16) -> &UsedElement {
-        let slot = self.slot(index);
-        // SAFETY: element `slot` < size begins 4 + 8 × slot bytes into the area, which is 4-aligned and has 6 + 8 × size.
-        unsafe { &*self.used.cast::<u8>().add(4 + 8 * slot).cast() }
+    fn used_element(&self, index: u16) -> *mut u64 {
+        // Element `slot` < size begins 4 + 8 × slot bytes into the area, which has 6 + 8 × size.
+        self.used.cast::<u8>().wrapping_add(4 + 8 * self.slot(index)).cast_mut().cast()
     }
 
     // --- what the device reads and writes ---
@@ -195,9 +195,10 @@ impl SplitRing {
     /// Writes one used element; visible to the driver with the next [`Self::publish_used`].
     #[inline]
     pub(crate) fn set_used(&self, index: u16, id: u16, len: u32) {
-        let element = self.used_element(index);
-        element.id.store(u32::from(id).to_le(), Ordering::Relaxed);
-        element.len.store(len.to_le(), Ordering::Relaxed);
+        let element = (u64::from(id) | u64::from(len) << 32).to_le();
+        // SAFETY: eight bytes inside the used area (see `used_element`). The driver does not read an element before the
+        // index that publishes it, so the store need not be atomic.
+        unsafe { self.used_element(index).write_unaligned(element) };
     }
 
     /// Stores the used index, with release: everything written before is visible to whoever sees it.
@@ -265,9 +266,11 @@ impl SplitRing {
     /// A used element: (head of the chain, bytes written).
     #[inline]
     pub(crate) fn used(&self, index: u16) -> (u32, u32) {
-        let element = self.used_element(index);
-        let id = u32::from_le(element.id.load(Ordering::Relaxed));
-        (id, u32::from_le(element.len.load(Ordering::Relaxed)))
+        // SAFETY: eight bytes inside the used area (see `used_element`), published by the index that was read before.
+        let element = u64::from_le(unsafe { self.used_element(index).read_unaligned() });
+        #[allow(clippy::cast_possible_truncation)]
+        let id = element as u32;
+        (id, (element >> 32) as u32)
     }
 
     /// Whether the device wants a kick after the available index went from `old` to `new`.
@@ -298,13 +301,6 @@ impl SplitRing {
             self.avail_word(0).store(AVAIL_NO_INTERRUPT.to_le(), Ordering::Relaxed);
         }
     }
-}
-
-/// A used ring element as two words: with an area aligned to 4 it cannot be one.
-#[repr(C)]
-struct UsedElement {
-    id: std::sync::atomic::AtomicU32,
-    len: std::sync::atomic::AtomicU32,
 }
 
 /// Whether an index that went from `old` to `new` passed `event` (virtio 1.2, 2.7.7.2): notify exactly then.

@@ -50,7 +50,9 @@ impl TxRing {
                 ring.split.prefetch_descriptor(*head);
             }
             fetch_chains(ring, frames, &heads[..usize::from(count)])?;
-            fetch_heads(ring, frames);
+            // SAFETY: every piece in `frames` was translated in `ring.memory` with its whole length, or with the room
+            // that it was pushed with.
+            unsafe { frames.fetch_heads(ring.header_len) };
             ring.check_memory()?;
         }
         // SAFETY: every piece in `frames` was translated in `ring.memory`, which `ring` holds and nobody can replace
@@ -119,20 +121,20 @@ impl TxRing {
 /// Second pass: descriptors into places.
 #[inline]
 fn fetch_chains(ring: &mut DeviceRing, frames: &mut Frames, heads: &[u16]) -> Result<(), RingFault> {
-    let mut hint = ring.hint;
+    // From the shortest frame to the longest, the ring's header included.
+    let lengths = ring.header_len + 14..=FRAME_LEN_MAX + ring.header_len;
     for &entry in heads {
         let Some(descriptor) = ring.split.descriptor(entry) else {
             return Err(RingFault::Head { entry, size: ring.split.size() });
         };
         let single = descriptor.flags & (DESC_NEXT | DESC_WRITE | DESC_INDIRECT) == 0;
-        let in_bounds = (ring.header_len + 14..=FRAME_LEN_MAX + 10).contains(&descriptor.len);
         if single
-            && in_bounds
-            && let Some(at) = ring.memory.translate(descriptor.addr, descriptor.len, &mut hint)
+            && lengths.contains(&descriptor.len)
+            && let Some((at, room)) = ring.translate(descriptor.addr, descriptor.len)
         {
             prefetch(at);
             prefetch(at.wrapping_add(64));
-            frames.push_single(at, descriptor.len);
+            frames.push_single(at, descriptor.len, room);
         } else {
             fetch_chain(ring, frames, descriptor);
             if !frames.has_room() {
@@ -140,7 +142,6 @@ fn fetch_chains(ring: &mut DeviceRing, frames: &mut Frames, heads: &[u16]) -> Re
             }
         }
     }
-    ring.hint = hint;
     Ok(())
 }
 
@@ -160,21 +161,6 @@ fn fetch_chain(ring: &DeviceRing, frames: &mut Frames, descriptor: Descriptor) {
     }
 }
 
-/// Third pass: first bytes into private memory.
-#[inline]
-fn fetch_heads(ring: &DeviceRing, frames: &mut Frames) {
-    let hint = ring.hint;
-    for i in 0..frames.count() {
-        if frames.is_fault(i) {
-            continue;
-        }
-        let readable = ring.memory.room_behind(frames.first_byte(i), hint);
-        // SAFETY: the pieces of frame `i` were translated in `ring.memory` with their whole lengths, and `readable`
-        // bytes are mapped behind the first one's beginning.
-        unsafe { frames.fetch_head(i, ring.header_len, readable) };
-    }
-}
-
 impl TxBurst<'_> {
     /// Notes that a system call ran into memory of this burst that is not there any more (EFAULT): the front end
     /// truncated it. The ring is found broken at its next use.
@@ -185,7 +171,7 @@ impl TxBurst<'_> {
     /// Returns all chains to the driver. True if it wants to be called.
     #[inline]
     pub fn complete(self) -> bool {
-        let count = self.burst.len();
+        let count = self.burst.len().min(BURST_MAX);
         if count == 0 {
             return false;
         }
