@@ -23,6 +23,8 @@ pub(crate) struct Deliverer {
     pub(crate) caller: Caller,
     /// The burst at hand has no frame that asks for an offload.
     pub(crate) plain: bool,
+    /// Its longest frame that nobody may segment, bytes.
+    pub(crate) longest: u32,
     /// Memory of the burst at hand turned out to be gone (EFAULT).
     pub(crate) source_fault: bool,
     software: Software,
@@ -37,6 +39,7 @@ impl Deliverer {
             worker,
             caller: Caller::new(),
             plain: true,
+            longest: 0,
             source_fault: false,
             software: Software::default(),
             gathered: Vec::new(),
@@ -50,9 +53,10 @@ impl Deliverer {
         if select == 0 {
             return;
         }
+        let select = if self.longest > port.frame_max() { fitting(port, burst, select) } else { select };
         match &port.link {
             PortLink::Guest(guest) => self.guest(port, guest, burst, select),
-            PortLink::Tap(tap) => self.tap(port, tap, burst, select),
+            PortLink::Tap(tap) => self.tap(tap, burst, select),
         }
     }
 
@@ -170,15 +174,11 @@ impl Deliverer {
     }
 
     /// A TAP takes every offload, since the kernel behind it does.
-    fn tap(&mut self, port: &Port, tap: &Tap, burst: &Burst<'_>, select: u64) {
+    fn tap(&mut self, tap: &Tap, burst: &Burst<'_>, select: u64) {
         let Some(queue) = tap.queues.get(self.worker as usize % tap.queues.len().max(1)) else { return };
         let (mut frames, mut bytes, mut gso) = (0, 0, 0);
         for frame in each(select) {
             let header = VnetHeader::from_bytes(burst.header(frame));
-            if burst.frame_len(frame) > port.frame_max() && !header.is_gso() {
-                queue.tx.drop(DropReason::MtuExceeded, 1);
-                continue;
-            }
             match burst.write_to(frame, queue.queue.as_fd(), &mut self.gathered) {
                 Ok(_) => {
                     frames += 1;
@@ -205,6 +205,18 @@ impl Deliverer {
         };
         counters.drop(reason, 1);
     }
+}
+
+/// Those frames that the destination's MTU allows. A network whose ports differ in MTU is misconfigured.
+#[cold]
+fn fitting(port: &Port, burst: &Burst<'_>, select: u64) -> u64 {
+    let max = port.frame_max();
+    let fits = |frame: &usize| {
+        burst.frame_len(*frame) <= max || VnetHeader::from_bytes(burst.header(*frame)).is_gso()
+    };
+    let fitting = each(select).filter(fits).fold(0, |set, frame| set | 1 << frame);
+    port.counters.drop(DropReason::MtuExceeded, (select & !fitting).count_ones().into());
+    fitting
 }
 
 fn gso_frames(burst: &Burst<'_>, select: u64) -> u64 {

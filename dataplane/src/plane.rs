@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use sys::tap::{TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6};
 use vhost_user::{EndpointError, EndpointId, Limits, Sessions};
 
 use crate::counters::RingCounters;
@@ -21,6 +22,8 @@ use crate::{MTU_MAX, MTU_MIN};
 
 /// Addresses that a TAP may teach: a whole LAN may be behind it.
 const TAP_FDB_MAX: u32 = 65_536;
+/// What the kernel may leave to us on its way to guests: what they mostly accept, and we can do if they do not.
+const TAP_OFFLOADS: u32 = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN;
 /// How long a worker may take to answer a command before we say so instead of waiting for ever.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -131,7 +134,7 @@ impl Dataplane {
     pub fn add_port(&self, spec: PortSpec) -> Result<PortId, Error> {
         check_bounds(&spec)?;
         let id = PortId(self.next_id.fetch_add(1, Ordering::Relaxed));
-        let (link, endpoint) = self.prepare(spec.link);
+        let (link, endpoint) = self.prepare(&spec.name, spec.link)?;
         let port = {
             let mut state = self.state();
             if state.ports.values().any(|e| e.port.name == spec.name) {
@@ -241,7 +244,7 @@ impl Dataplane {
     }
 
     /// Places a link's queues on workers, in turn.
-    fn prepare(&self, link: Link) -> (PortLink, Option<vhost_user::Endpoint>) {
+    fn prepare(&self, name: &str, link: Link) -> Result<(PortLink, Option<vhost_user::Endpoint>), Error> {
         let workers = u32::try_from(self.workers.len()).unwrap_or(1);
         let next = || self.next_worker.fetch_add(1, Ordering::Relaxed) % workers;
         match link {
@@ -253,16 +256,22 @@ impl Dataplane {
                     pair.rx.worker.store(worker, Ordering::Relaxed);
                     pair.tx.worker.store(worker, Ordering::Relaxed);
                 }
-                (PortLink::Guest(guest), Some(endpoint))
+                Ok((PortLink::Guest(guest), Some(endpoint)))
             }
             Link::Tap { queues } => {
+                for queue in &queues {
+                    queue.set_offload(TAP_OFFLOADS).map_err(|cause| Error::System {
+                        what: format!("port {name}: offloads of the TAP"),
+                        cause: io::Error::other(cause),
+                    })?;
+                }
                 let queue = |queue| TapPort {
                     queue,
                     worker: AtomicU32::new(next()),
                     rx: RingCounters::default(),
                     tx: RingCounters::default(),
                 };
-                (PortLink::Tap(Tap { queues: queues.into_iter().map(queue).collect() }), None)
+                Ok((PortLink::Tap(Tap { queues: queues.into_iter().map(queue).collect() }), None))
             }
         }
     }

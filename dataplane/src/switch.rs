@@ -117,6 +117,7 @@ pub(crate) fn forward(ingress: &Ingress<'_>, burst: &mut Burst<'_>, deliverer: &
     let frames = count as u64;
     ingress.counters.burst(frames, class.bytes, class.gso_frames);
     deliverer.plain = class.offloads == 0;
+    deliverer.longest = class.longest;
     if class.flooded == 0 {
         for (slot, select) in class.groups() {
             match ingress.table.get(usize::from(*slot)) {
@@ -158,6 +159,8 @@ struct Classifier<'a, 'b> {
     gso_frames: u64,
     /// Frames with a header that asks for something.
     offloads: u64,
+    /// Longest frame that is not to be segmented, bytes.
+    longest: u32,
     flooded: u64,
     /// Slots, and the frames that go there; the first `groups_len`.
     groups: [(u16, u64); BURST_MAX],
@@ -178,6 +181,7 @@ impl<'a, 'b> Classifier<'a, 'b> {
             bytes: 0,
             gso_frames: 0,
             offloads: 0,
+            longest: 0,
             flooded: 0,
             groups: [(0, 0); BURST_MAX],
             groups_len: 0,
@@ -227,8 +231,12 @@ impl<'a, 'b> Classifier<'a, 'b> {
             return Err(reason_of(fault));
         }
         let gso = self.check_header(burst, index)?;
-        if burst.frame_len(index) > self.frame_max && !gso {
-            return Err(DropReason::MtuExceeded);
+        if !gso {
+            let len = burst.frame_len(index);
+            if len > self.frame_max {
+                return Err(DropReason::MtuExceeded);
+            }
+            self.longest = self.longest.max(len);
         }
         let addresses = burst.addresses(index);
         let [dst, src] = [0, 6].map(|at| Mac::new(*addresses[at..].first_chunk().expect("12 bytes")));

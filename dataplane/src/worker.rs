@@ -31,7 +31,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, epoll};
-use vring::{Frames, HEADER_LEN};
+use vring::{Frames, HEADER_LEN, RingFault};
 use wire::{Mac, Offloads, VnetHeader};
 
 use crate::counters::RingCounters;
@@ -195,6 +195,8 @@ pub(crate) struct Worker {
     now: Instant,
     swept: Instant,
     turns: u64,
+    /// The source being polled at this moment.
+    polling: Option<usize>,
     stopped: bool,
 }
 
@@ -222,6 +224,7 @@ impl Worker {
             now: started,
             swept: started,
             turns: 0,
+            polling: None,
             stopped: false,
         }
     }
@@ -229,8 +232,35 @@ impl Worker {
     /// Runs until [`Command::Stop`].
     pub(crate) fn run(mut self) {
         while !self.stopped {
-            self.turn();
+            let turn = std::panic::AssertUnwindSafe(|| self.turn());
+            if std::panic::catch_unwind(turn).is_err() {
+                self.give_up_source();
+            }
         }
+    }
+
+    /// A panic is a defect of ours, but whoever met it may know how to meet it again: the ring that was being polled is
+    /// stopped, all others go on.
+    #[cold]
+    fn give_up_source(&mut self) {
+        let Some(source) = self.polling.take().and_then(|index| self.sources.get_mut(index)) else { return };
+        tracing::error!(
+            port = source.port.name,
+            queue = source.queue,
+            "panic while polling: the queue is given up"
+        );
+        source.active = false;
+        let (port, queue) = (source.port.clone(), source.queue);
+        if let Some(pair) = port.guest().and_then(|g| g.pairs.get(usize::from(queue))) {
+            let mut state = pair.tx.lock();
+            if let Some(kick) = state.ring.as_ref().and_then(|ring| ring.kick_fd()) {
+                self.shared.unwatch(kick);
+            }
+            state.ring = None;
+            state.broken = Some(RingFault::Defect);
+        }
+        self.events.ring_broken(&port, 2 * queue + 1, RingFault::Defect);
+        self.reindex();
     }
 
     fn turn(&mut self) {
@@ -261,6 +291,7 @@ impl Worker {
         let mut i = 0;
         while i < self.active.len() {
             let index = self.active[i];
+            self.polling = Some(index);
             match self.poll_source(index) {
                 Found::Frames(count) => {
                     frames += count;
@@ -276,6 +307,7 @@ impl Worker {
             }
             i += 1;
         }
+        self.polling = None;
         frames
     }
 

@@ -34,6 +34,9 @@ pub enum RingFault {
     /// The front end truncated its memory file.
     #[error("the memory behind the ring was truncated by the front end")]
     Truncated,
+    /// We panicked over it. Only this ring is given up.
+    #[error("a defect in vhostd was met on this ring: please report it with the log")]
+    Defect,
     /// A new memory table does not contain the ring.
     #[error("the new memory table does not contain the ring")]
     Unmapped,
