@@ -20,7 +20,7 @@ const CHUNK_BUCKETS: usize = 16;
 /// Chunks in the table.
 const CHUNKS: usize = 1024;
 /// Ports of a network at the most.
-pub(crate) const PORTS_MAX: usize = 4096;
+pub const PORTS_MAX: usize = 4096;
 
 /// An entry is `address << 16 | port + 1`; 0 is none.
 #[derive(Default)]
@@ -35,7 +35,7 @@ struct Chunk {
 }
 
 /// The table.
-pub(crate) struct Fdb {
+pub struct Fdb {
     chunks: Box<[OnceLock<Box<Chunk>>]>,
     /// How many addresses each port has taught.
     taught: Box<[AtomicU32]>,
@@ -44,7 +44,7 @@ pub(crate) struct Fdb {
 
 /// What became of an address that a port showed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Learned {
+pub enum Learned {
     /// It was known to be there.
     Known,
     /// It is new, or it moved here.
@@ -54,7 +54,9 @@ pub(crate) enum Learned {
 }
 
 impl Fdb {
-    pub(crate) fn new() -> Self {
+    /// An empty table.
+    #[allow(clippy::new_without_default)]
+    pub fn new() -> Self {
         Self {
             chunks: (0..CHUNKS).map(|_| OnceLock::new()).collect(),
             taught: (0..PORTS_MAX).map(|_| AtomicU32::new(0)).collect(),
@@ -64,7 +66,7 @@ impl Fdb {
 
     /// The port behind which `mac` is.
     #[inline]
-    pub(crate) fn lookup(&self, mac: Mac) -> Option<u16> {
+    pub fn lookup(&self, mac: Mac) -> Option<u16> {
         let (chunk, bucket) = self.place(mac);
         let chunk = self.chunks[chunk].get()?;
         let key = mac.to_u64();
@@ -78,7 +80,7 @@ impl Fdb {
     }
 
     /// Learns that `mac` is behind `port`, at most `max` addresses for it.
-    pub(crate) fn learn(&self, mac: Mac, port: u16, now_s: u32, max: u32) -> Learned {
+    pub fn learn(&self, mac: Mac, port: u16, now_s: u32, max: u32) -> Learned {
         let (chunk, bucket) = self.place(mac);
         let chunk = self.chunks[chunk].get_or_init(Box::default);
         let (entries, seen) = (&chunk.entries[bucket].0, &chunk.seen_s[bucket]);
@@ -124,7 +126,7 @@ impl Fdb {
 
     /// Forgets entries not seen since `now_s - ageing_s`, and every entry for which `gone(port)`. Returns how many are
     /// left.
-    pub(crate) fn sweep(&self, now_s: u32, ageing_s: u32, gone: impl Fn(u16) -> bool) -> usize {
+    pub fn sweep(&self, now_s: u32, ageing_s: u32, gone: impl Fn(u16) -> bool) -> usize {
         let mut left = 0;
         self.each(|entry, seen| {
             let word = entry.load(Ordering::Relaxed);
@@ -144,7 +146,7 @@ impl Fdb {
     }
 
     /// Every entry: (address, port, age in seconds).
-    pub(crate) fn entries(&self, now_s: u32) -> Vec<(Mac, u16, u32)> {
+    pub fn entries(&self, now_s: u32) -> Vec<(Mac, u16, u32)> {
         let mut all = Vec::new();
         self.each(|entry, seen| {
             let word = entry.load(Ordering::Relaxed);

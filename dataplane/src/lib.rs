@@ -22,7 +22,7 @@ mod counters;
 mod deliver;
 mod drops;
 mod events;
-mod fdb;
+pub mod fdb;
 mod guest;
 pub mod light;
 mod plane;
