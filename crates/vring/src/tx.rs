@@ -8,7 +8,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::RingError;
-use crate::burst::{BURST, BURST_MAX, Burst, ChainFault, FRAME_LEN_MAX, Frames, HEADER_BYTES};
+use crate::burst::{BURST, BURST_MAX, Burst, ChainFault, FRAME_LEN_MAX, Frames};
 use crate::copy::prefetch;
 use crate::device::{DeviceRing, RingFault};
 use crate::memory::GuestMemory;
@@ -152,7 +152,7 @@ fn fetch_chain(ring: &DeviceRing, frames: &mut Frames, descriptor: Descriptor) {
     let mut len = 0u32;
     let walked = ring.walk(descriptor, false, |at, part| {
         len = len.saturating_add(part);
-        len <= FRAME_LEN_MAX + HEADER_BYTES && frames.push_piece(at, part)
+        len <= FRAME_LEN_MAX + ring.header_len && frames.push_piece(at, part)
     });
     match walked {
         Ok(()) if len < ring.header_len + 14 => frames.abandon_chain(first, ChainFault::Short),

@@ -1,5 +1,10 @@
 //! Frames through real rings in shared memory: our driver side on one end, our device side on the other, each with its
 //! own mapping of the same files.
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test stops where something fails"
+)]
 
 use std::sync::Arc;
 
@@ -280,6 +285,7 @@ fn descriptor(offset: u64, len: u32, flags: u16, next: u16) -> Descriptor {
 fn malformed_chains_are_returned_one_by_one() {
     let at = BUFFERS as u64;
     let indirect = vring::DESC_INDIRECT;
+    #[allow(clippy::type_complexity)]
     let cases: &[(&str, &[(u16, Descriptor)], ChainFault)] = &[
         ("next is itself", &[(0, descriptor(at, 100, DESC_NEXT, 0))], ChainFault::Malformed),
         (

@@ -3,12 +3,16 @@
 //! image must be afterwards, to the last byte.
 //!
 //! [`Rig`] holds the same image in real shared memory, with the device on it, and compares.
-#![allow(dead_code, reason = "each test uses its part")]
+#![allow(dead_code, unreachable_pub, reason = "each test uses its part")]
+#![allow(clippy::unwrap_used, clippy::single_range_in_vec_init)]
+
+pub mod plan;
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use rustix::event::EventfdFlags;
 use vring::driver::{DriverMemory, GUEST_BASE};
 use vring::{
     BURST_MAX, Burst, ChainFault, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, Enqueued, FRAME_LEN_MAX,
@@ -175,7 +179,8 @@ impl Model {
         let (mut addr, mut ranges) = (addr, Vec::new());
         loop {
             let (at, room) = self.find(addr).ok_or(ChainFault::Unmapped)?;
-            let part = usize::try_from((last - addr).saturating_add(1).min(len)).unwrap_or(usize::MAX).min(room);
+            let part =
+                usize::try_from((last - addr).saturating_add(1).min(len)).unwrap_or(usize::MAX).min(room);
             ranges.push(at..at + part);
             if len == 0 || addr + part as u64 > last {
                 return Ok(ranges);
@@ -202,8 +207,9 @@ impl Model {
             let d = self.gathered(&bytes_of);
             walk.read.extend(bytes_of);
             if d.flags & DESC_INDIRECT != 0 {
-                let fits = (16..=16 * u32::from(self.size)).contains(&d.len) && d.len % 16 == 0;
-                if !self.has(features::INDIRECT_DESC) || table.is_some() || d.flags & DESC_NEXT != 0 || !fits {
+                let fits = (16..=16 * u32::from(self.size)).contains(&d.len) && d.len.is_multiple_of(16);
+                if !self.has(features::INDIRECT_DESC) || table.is_some() || d.flags & DESC_NEXT != 0 || !fits
+                {
                     return Err(ChainFault::Malformed);
                 }
                 table = Some((d.addr, u16::try_from(d.len / 16).unwrap()));
@@ -349,7 +355,7 @@ impl Model {
             }
             let head = self.head(step)?;
             let before = left;
-            match self.writable(head, left, read) {
+            match self.writable(head, left, heads.is_empty(), read) {
                 Ok(buffers) => {
                     for buffer in buffers {
                         let part = buffer.len().min(left);
@@ -390,16 +396,18 @@ impl Model {
         Ok(u16::try_from(heads.len()).unwrap())
     }
 
-    /// A chain's buffers for `left` bytes. Of a single buffer that begins with room for them in one region, the rest is
-    /// not looked at.
+    /// A chain's buffers for `left` bytes. Of a first and only buffer that begins with room for them in one region, the
+    /// rest is not looked at.
     fn writable(
         &self,
         head: u16,
         left: usize,
+        first: bool,
         read: &mut Vec<Range<usize>>,
     ) -> Result<Vec<Range<usize>>, ChainFault> {
         let d = self.descriptor(16 * usize::from(head));
-        if d.flags & (DESC_NEXT | DESC_WRITE | DESC_INDIRECT) == DESC_WRITE
+        if first
+            && d.flags & (DESC_NEXT | DESC_WRITE | DESC_INDIRECT) == DESC_WRITE
             && d.len as usize >= left
             && let Some((at, room)) = self.find(d.addr)
             && room >= left
@@ -539,28 +547,34 @@ impl Rig {
         }
     }
 
-    /// Delivers a burst of frames (12-byte header in front of each); checks the outcome and the memory.
-    pub fn receive(&mut self, ring: &mut RxRing, burst: &Burst<'_>, frames: &[Vec<u8>]) -> Result<Enqueued, RingFault> {
-        let select: Vec<u16> = (0..u16::try_from(frames.len()).unwrap()).collect();
+    /// Delivers a burst of frames (12-byte header in front of each); checks the outcome and the memory. `None` if buffers
+    /// lie over each other, or over the ring: then anything may have become of it.
+    pub fn receive(
+        &mut self,
+        ring: &mut RxRing,
+        burst: &Burst<'_>,
+        frames: &[Vec<u8>],
+    ) -> Option<Result<Enqueued, RingFault>> {
         let placed = self.model.deliver(frames);
-        let result = ring.enqueue(burst, &select);
-        if placed.tangled || result.is_err() {
-            // Used elements are written at any moment, the rest only where the guest said.
-            let used = self.model.ring[2];
-            let mut elsewhere = placed.written;
-            elsewhere.push(used + 4..used + 4 + 8 * usize::from(self.model.size));
-            if placed.tangled {
-                return result;
-            }
-            self.check_outside(&elsewhere);
-        } else {
-            self.check();
+        let result = ring.enqueue(burst, u64::MAX);
+        if placed.tangled {
+            return None;
         }
         assert_eq!(result, placed.result);
-        if result.is_ok() {
-            assert_eq!(ring.base(), self.model.next);
+        match &result {
+            Ok(_) => {
+                self.check();
+                assert_eq!(ring.base(), self.model.next);
+            }
+            Err(_) => {
+                // Buffers and used elements may have been written, but nothing was said about them.
+                let elements = self.model.ring[2] + 4;
+                let mut written = placed.written;
+                written.push(elements..elements + 8 * usize::from(self.model.size));
+                self.check_outside(&written);
+            }
         }
-        result
+        Some(result)
     }
 }
 
@@ -586,7 +600,7 @@ pub fn frame_of(burst: &Burst<'_>, index: usize) -> Result<(Vec<u8>, Vec<u8>), C
 }
 
 fn eventfd() -> OwnedFd {
-    rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap()
+    rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap()
 }
 
 /// Bytes that differ from their neighbours and from one `seed` to another.
