@@ -39,10 +39,18 @@ impl Backend {
         let vdev =
             |n: usize| format!("--vdev=net_vhost{n},iface={},queues=1", dir.path().join(NAMES[n]).display());
         let child = Command::new("dpdk-testpmd")
-            .args(["--no-pci", "--in-memory", "--no-huge", "-m", "512", "--log-level=error"])
+            .args([
+                "--no-pci",
+                "--no-huge",
+                "--no-shconf",
+                "--no-telemetry",
+                "-m",
+                "512",
+                "--log-level=error",
+            ])
             .args([format!("--lcores=1@{},0@{BACKEND_CPU}", crate::FRONTEND_CPU), "--main-lcore=1".into()])
             .args([vdev(0), vdev(1)])
-            .args(["--", "--forward-mode=io", "--auto-start", "--stats-period=0", "--burst=32", "-i"])
+            .args(["--", "--forward-mode=io", "--auto-start", "--burst=32", "-i", "--total-num-mbufs=16384"])
             .env("XDG_RUNTIME_DIR", dir.path())
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
