@@ -127,6 +127,8 @@ struct Connection {
     watched: Events,
     /// At least one message was handled, so the other end is alive.
     talked: bool,
+    /// The other end is closed; there may be messages to read before that.
+    hung_up: bool,
 }
 
 /// Why a connection ended.
@@ -229,10 +231,14 @@ impl Live {
     /// Tells epoll what to watch for in the present state.
     pub(crate) fn watch(&mut self) {
         let behind = self.burial.is_behind();
-        let open = !behind && (self.connection.is_some() || self.has_room());
+        let open = match &self.connection {
+            Some(connection) => !connection.hung_up,
+            None => self.burial.is_done(),
+        };
         if let Source::Listener { socket, paused_until, .. } = &self.source {
             // Closed, the next front end waits in the backlog.
-            let wanted = if open && paused_until.is_none() { Events::EPOLLIN } else { Events::empty() };
+            let wanted =
+                if open && !behind && paused_until.is_none() { Events::EPOLLIN } else { Events::empty() };
             if wanted != self.listening {
                 self.listening = wanted;
                 self.rewatch(socket.as_raw_fd(), self.tokens.0, wanted);
@@ -322,12 +328,14 @@ impl Live {
     /// Takes what waits at the listener.
     pub(crate) fn accept(&mut self, now: Instant, limits: &Limits) {
         for _ in 0..ACCEPTS_PER_TURN {
-            if self.connection.as_ref().is_some_and(|connection| hung_up(&connection.socket)) {
-                // The next front end may be faster than the news that the last one is gone.
-                self.close(&Goodbye::Closed, now, limits);
-            }
-            if self.connection.is_none() && !self.burial.is_done() {
-                return;
+            // The next front end may be faster than the last one's end, which is behind its last messages: it waits.
+            match &mut self.connection {
+                Some(connection) if hung_up(&connection.socket) => {
+                    connection.hung_up = true;
+                    return;
+                }
+                None if !self.burial.is_done() => return,
+                _ => {}
             }
             let Source::Listener { socket: listener, paused_until, .. } = &mut self.source else { return };
             match socket::accept(&*listener) {
@@ -372,6 +380,7 @@ impl Live {
             session: Session::new(self.device.offer()),
             watched: Events::EPOLLIN,
             talked: false,
+            hung_up: false,
         });
     }
 
@@ -466,6 +475,7 @@ impl Live {
         self.close(&Goodbye::Removed, now, limits);
         if let Source::Listener { socket, paused_until, .. } = &mut self.source {
             *paused_until = Some(now);
+            self.listening = Events::empty();
             let _ = self.poll.delete(socket.as_raw_fd());
         }
     }

@@ -199,9 +199,11 @@ impl Header {
         RequestName(self.request)
     }
 
-    /// Whether the front end asks for an acknowledgement.
-    pub fn need_reply(&self) -> bool {
-        self.flags & VhostUserHeaderFlag::NEED_REPLY.bits() != 0
+    /// Whether a front end that negotiated REPLY_ACK waits for an acknowledgement of this request. With an answer of its
+    /// own, NEED_REPLY changes nothing (specification, "REPLY_ACK"): an acknowledgement would be taken for the answer.
+    pub fn wants_acknowledgement(&self) -> bool {
+        let need_reply = self.flags & VhostUserHeaderFlag::NEED_REPLY.bits() != 0;
+        need_reply && rule(self.request).is_none_or(|rule| rule.answer == Answer::Ack)
     }
 
     /// Checks everything that can be known before the payload is read.
@@ -392,11 +394,6 @@ impl Message {
             R::GET_STATUS => Request::GetStatus,
             _ => return Err(Undecodable::Unknown),
         })
-    }
-
-    /// Whether the request has an answer of its own, so that an acknowledgement would be misread.
-    pub fn has_own_answer(&self) -> bool {
-        rule(self.header.request).is_some_and(|rule| rule.answer == Answer::Own)
     }
 }
 

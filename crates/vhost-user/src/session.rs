@@ -1,9 +1,9 @@
 //! The state of one connection: what was negotiated, the front end's memory, its rings. Input is a [`Message`], output
 //! are reply bytes and calls to the [`Device`]; there is no socket and no clock in here.
 //!
-//! A request is either done, refused or a violation. A refused request changes nothing: it is answered with a NACK if
-//! the front end asked for an answer (NEED_REPLY, with REPLY_ACK negotiated) and ends the session otherwise, because a
-//! front end that believes it was obeyed is worse than one that has to connect again. A violation ends the session.
+//! A request is either done, refused or a violation. A refused request is answered with a NACK if the front end asked for
+//! an answer (NEED_REPLY, with REPLY_ACK negotiated) and ends the session otherwise, because a front end that believes
+//! it was obeyed is worse than one that has to connect again. A violation ends the session.
 //!
 //! A ring starts as soon as everything it needs is there, whatever came last: features, memory, size, addresses, kick,
 //! and DRIVER_OK if STATUS was negotiated.
@@ -178,7 +178,7 @@ impl Session {
             Err(Undecodable::RingIndex(index)) => Err(self.no_ring(index).into()),
         };
         // Looked at afterwards: SET_PROTOCOL_FEATURES may itself ask for the acknowledgement it switches on.
-        let acknowledge = header.need_reply() && self.protocol_features.contains(P::REPLY_ACK);
+        let acknowledge = header.wants_acknowledgement() && self.protocol_features.contains(P::REPLY_ACK);
         match answer {
             Ok(Some(payload)) => encode_reply(header.request, &payload, replies),
             Ok(None) if acknowledge => encode_reply(header.request, &0u64.to_ne_bytes(), replies),
@@ -309,7 +309,8 @@ impl Session {
         let files: Result<Vec<_>, WrongKind> =
             table.iter().map(|(spec, fd)| Ok((*spec, fd.to_memory()?))).collect();
         let files = files?;
-        if !self.memory.is_same(&files) {
+        // An empty table is refused, not "the same as none".
+        if files.is_empty() || !self.memory.is_same(&files) {
             let memory = GuestMemory::map(&files)?;
             self.replace_memory(device, memory);
         }

@@ -72,12 +72,25 @@ pub struct Notes {
 }
 
 /// A device that runs no rings but checks that it could.
-#[derive(Clone, Default)]
-pub struct Recorder(Arc<Mutex<Notes>>);
+#[derive(Clone)]
+pub struct Recorder {
+    notes: Arc<Mutex<Notes>>,
+    queue_pairs: u16,
+}
+
+impl Default for Recorder {
+    fn default() -> Self {
+        Self::with_queue_pairs(128)
+    }
+}
 
 impl Recorder {
+    pub fn with_queue_pairs(queue_pairs: u16) -> Self {
+        Self { notes: Arc::default(), queue_pairs }
+    }
+
     pub fn notes(&self) -> MutexGuard<'_, Notes> {
-        self.0.lock().unwrap()
+        self.notes.lock().unwrap()
     }
 
     pub fn calls(&self) -> Vec<Call> {
@@ -95,7 +108,7 @@ impl Recorder {
 
 impl Device for Recorder {
     fn offer(&self) -> Offer {
-        Offer { features: OFFERED, protocol_features: PROTOCOL_OFFERED, queue_pairs: 128 }
+        Offer { features: OFFERED, protocol_features: PROTOCOL_OFFERED, queue_pairs: self.queue_pairs }
     }
 
     fn config(&self) -> NetConfig {
@@ -231,7 +244,7 @@ pub struct Bench {
     pub device: Recorder,
     pub id: EndpointId,
     pub path: PathBuf,
-    canary: PathBuf,
+    pub canary: PathBuf,
     /// Descriptors, mappings and threads with nobody connected.
     pub base: Holdings,
     _dir: tempfile::TempDir,
@@ -240,15 +253,18 @@ pub struct Bench {
 
 impl Bench {
     pub fn new() -> Self {
-        Self::with_limits(Limits::default())
+        Self::with(Limits::default(), Recorder::default())
     }
 
     pub fn with_limits(limits: Limits) -> Self {
+        Self::with(limits, Recorder::default())
+    }
+
+    pub fn with(limits: Limits, device: Recorder) -> Self {
         let alone = alone();
         let dir = tempfile::tempdir().unwrap();
         let sessions = Sessions::start(limits, Box::new(|_, _| {})).unwrap();
         let (path, canary) = (dir.path().join("port"), dir.path().join("canary"));
-        let device = Recorder::default();
         let id = sessions.add(Endpoint::listen(&path), Box::new(device.clone())).unwrap();
         sessions.add(Endpoint::listen(&canary), Box::new(Recorder::default())).unwrap();
         Self { sessions, device, id, path, canary, base: Holdings::now(), _dir: dir, _alone: alone }
@@ -527,7 +543,11 @@ impl Memory {
     }
 
     pub fn ring_parts(&self, index: u32) -> [u64; 3] {
-        let at = self.region[2] + u64::from(index) * 0x2000;
+        Self::parts_at(self.region[2], index)
+    }
+
+    pub fn parts_at(user_addr: u64, index: u32) -> [u64; 3] {
+        let at = user_addr + u64::from(index) * 0x2000;
         [at, at + 0x1000, at + 0x1400]
     }
 }

@@ -1,0 +1,959 @@
+//! What a hostile front end can send (test ids P01-P33): each line ends as it should, a second endpoint is served at once
+//! all the time, and nothing of the peer is left behind.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use support::*;
+use vhost_user::{Endpoint, Limits, SessionState};
+
+/// Sends bytes on a fresh connection; the back end must end it.
+#[track_caller]
+fn check_closes(bench: &Bench, what: &str, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+    let mut raw = bench.negotiated();
+    // It may be closed before all is sent.
+    raw.try_send_bytes(bytes, fds);
+    raw.closed();
+    drop(raw);
+    bench.check_canary();
+    assert!(bench.status().last_error.is_some(), "{what}: no reason given");
+    bench.base.wait_for_return();
+}
+
+#[test]
+fn p01_header_in_pieces_works_and_half_a_header_ends() {
+    let deadline = Duration::from_millis(400);
+    let bench = Bench::with_limits(Limits { message_deadline: deadline, ..Limits::default() });
+    let mut raw = bench.raw();
+    for byte in message(id::GET_FEATURES, PLAIN, &[]) {
+        raw.send_bytes(&[byte], &[]);
+    }
+    assert_eq!(raw.reply(id::GET_FEATURES), OFFERED.to_ne_bytes());
+
+    // Silence between messages is nobody's business.
+    std::thread::sleep(deadline * 2);
+    assert_eq!(raw.ask(id::GET_FEATURES, &[]), OFFERED.to_ne_bytes());
+
+    let began = Instant::now();
+    raw.send_bytes(&message(id::SET_FEATURES, PLAIN, &[0; 8])[..5], &[]);
+    bench.check_canary();
+    raw.closed();
+    assert!(began.elapsed() >= deadline);
+    drop(raw);
+    // The same for half a payload, and for a peer that trickles.
+    let mut raw = bench.raw();
+    raw.send_bytes(&message(id::SET_FEATURES, PLAIN, &[0; 8])[..15], &[]);
+    raw.closed();
+    drop(raw);
+    let mut raw = bench.raw();
+    let began = Instant::now();
+    while raw.try_send_bytes(&[1], &[]) && began.elapsed() < SOON {
+        std::thread::sleep(deadline / 8);
+    }
+    raw.closed();
+    drop(raw);
+    bench.check_recovered();
+}
+
+#[test]
+fn p02_wrong_version_reply_flag_and_reserved_flags_close() {
+    let bench = Bench::new();
+    for flags in [0, 2, 3, 1 | 4, 1 | 8 | 4, 1 | 16, 1 | 1 << 31] {
+        check_closes(&bench, "flags", &message(id::GET_FEATURES, flags, &[]), &[]);
+    }
+    bench.check_recovered();
+}
+
+#[test]
+fn p03_wrong_size_closes_before_the_payload_is_read() {
+    let bench = Bench::new();
+    let header = |id: u32, size: u32| [id, PLAIN, size].map(u32::to_ne_bytes).concat();
+    for (id, right) in [
+        (id::GET_FEATURES, 0),
+        (id::SET_FEATURES, 8),
+        (id::SET_OWNER, 0),
+        (id::SET_MEM_TABLE, 40),
+        (id::SET_VRING_NUM, 8),
+        (id::SET_VRING_ADDR, 40),
+        (id::GET_VRING_BASE, 8),
+        (id::SET_VRING_KICK, 8),
+        (id::SEND_RARP, 8),
+        (id::NET_SET_MTU, 8),
+        (id::ADD_MEM_REG, 40),
+        (id::GET_QUEUE_NUM, 0),
+        (99, 0),
+    ] {
+        // Nothing follows the header, so that only the header can be what ends the session.
+        for size in [u32::MAX, 1 << 31, 4097] {
+            check_closes(&bench, "size", &header(id, size), &[]);
+        }
+        if !matches!(id, id::SET_MEM_TABLE | 99) {
+            check_closes(&bench, "size", &header(id, right + 1), &[]);
+        }
+        if right > 0 {
+            check_closes(&bench, "size", &header(id, 0), &[]);
+        }
+    }
+    bench.check_recovered();
+}
+
+#[test]
+fn p04_unknown_request_is_refused_or_closes() {
+    let bench = Bench::new();
+    for id in [0, 6, 7, 22, 23, 26, 31, 32, 35, 41, 42, 44, 45, 99, u32::MAX] {
+        let mut raw = bench.negotiated();
+        raw.refused(id, &[], &[]);
+        raw.refused(id, &[0; 4096], &[]);
+        raw.send(id, &[], &[]);
+        raw.closed();
+        let reason = bench.status().last_error.unwrap();
+        assert!(id != 99 || reason.contains("99"), "{reason}");
+        drop(raw);
+    }
+    bench.check_recovered();
+}
+
+#[test]
+fn p04_without_reply_ack_need_reply_has_no_effect() {
+    let bench = Bench::new();
+    let mut raw = bench.raw();
+    raw.send_bytes(&message(id::SET_OWNER, NEED_REPLY, &[]), &[]);
+    // The next reply is this one's.
+    assert_eq!(raw.ask(id::GET_FEATURES, &[]), OFFERED.to_ne_bytes());
+    raw.send_bytes(&message(99, NEED_REPLY, &[]), &[]);
+    raw.closed();
+    drop(raw);
+    bench.check_recovered();
+}
+
+#[test]
+fn p04_set_protocol_features_acknowledges_itself() {
+    let bench = Bench::new();
+    let mut raw = bench.raw();
+    raw.accepted(id::SET_PROTOCOL_FEATURES, &REPLY_ACK.to_ne_bytes(), &[]);
+    drop(raw);
+    bench.check_recovered();
+}
+
+#[test]
+fn p05_owner_messages_never_lose_memory_or_rings() {
+    let bench = Bench::new();
+    let memory = Memory::new(0);
+    let mut raw = bench.raw();
+    // Before SET_OWNER everything works: front ends negotiate first.
+    raw.number(id::SET_PROTOCOL_FEATURES, REPLY_ACK);
+    raw.accepted(id::SET_FEATURES, &OFFERED.to_ne_bytes(), &[]);
+    memory.give(&mut raw);
+    raw.accepted(id::SET_OWNER, &[], &[]);
+    raw.accepted(id::SET_OWNER, &[], &[]);
+    let kick = raw.start_ring(0, &memory);
+    raw.accepted(id::SET_VRING_ENABLE, &state(0, 1), &[]);
+    assert_eq!(bench.status().state, SessionState::Linked);
+    // RESET_OWNER disables rings and does nothing else.
+    raw.accepted(id::RESET_OWNER, &[], &[]);
+    let status = bench.status();
+    assert_eq!(status.memory_regions, 1);
+    assert!(status.rings[0].started && !status.rings[0].enabled);
+    assert_eq!(bench.device.calls().last(), Some(&Call::Enable(0, false)));
+    raw.accepted(id::SET_VRING_ENABLE, &state(0, 1), &[]);
+    assert_eq!(bench.status().state, SessionState::Linked);
+    drop((raw, kick, memory));
+    bench.check_recovered();
+}
+
+#[test]
+fn p06_a_thousand_messages_in_one_write() {
+    let bench = Bench::new();
+    let mut raw = bench.raw();
+    let write = message(id::GET_FEATURES, PLAIN, &[]).repeat(1000);
+    let sender = raw.stream.try_clone().unwrap();
+    let sending = std::thread::spawn(move || (&sender).write_all(&write).unwrap());
+    bench.check_canary();
+    for _ in 0..1000 {
+        assert_eq!(raw.reply(id::GET_FEATURES), OFFERED.to_ne_bytes());
+    }
+    sending.join().unwrap();
+    drop(raw);
+    bench.check_recovered();
+}
+
+/// Messages of a whole set-up, with the descriptor that each brings.
+fn handshake<'a>(memory: &'a Memory, bell: &'a OwnedFd) -> Vec<(Vec<u8>, Option<BorrowedFd<'a>>)> {
+    let plain = |id, payload: &[u8]| (message(id, PLAIN, payload), None);
+    let acked = |id, payload: &[u8]| (message(id, NEED_REPLY, payload), None);
+    let with = |id, payload: &[u8], fd: &'a OwnedFd| (message(id, NEED_REPLY, payload), Some(fd.as_fd()));
+    vec![
+        plain(id::GET_FEATURES, &[]),
+        plain(id::GET_PROTOCOL_FEATURES, &[]),
+        plain(id::SET_PROTOCOL_FEATURES, &PROTOCOL_OFFERED.to_ne_bytes()),
+        plain(id::GET_QUEUE_NUM, &[]),
+        plain(id::SET_OWNER, &[]),
+        with(id::SET_VRING_CALL, &0u64.to_ne_bytes(), bell),
+        with(id::SET_VRING_ERR, &0u64.to_ne_bytes(), bell),
+        acked(id::SET_FEATURES, &OFFERED.to_ne_bytes()),
+        with(id::SET_MEM_TABLE, &table(1, &[memory.region]), &memory.fd),
+        acked(id::SET_VRING_NUM, &state(0, 256)),
+        acked(id::SET_VRING_BASE, &state(0, 3)),
+        acked(id::SET_VRING_ADDR, &memory.ring_addr(0)),
+        with(id::SET_VRING_KICK, &0u64.to_ne_bytes(), bell),
+        acked(id::SET_STATUS, &15u64.to_ne_bytes()),
+        acked(id::SET_VRING_ENABLE, &state(0, 1)),
+        plain(id::GET_VRING_BASE, &state(0, 0)),
+    ]
+}
+
+/// Reads until the other end has nothing more to say.
+fn read_all(raw: &mut Raw) -> Vec<u8> {
+    raw.stream.shutdown(Shutdown::Write).unwrap();
+    let mut replies = Vec::new();
+    raw.stream.read_to_end(&mut replies).expect("a clean end");
+    replies
+}
+
+#[test]
+fn p06_messages_split_at_every_byte_give_the_same_result() {
+    let bench = Bench::new();
+    let memory = Memory::new(0);
+    let bell = event();
+    let handshake = handshake(&memory, &bell);
+    let run = |pieces: &dyn Fn(usize) -> Vec<usize>| {
+        bench.device.notes().calls.clear();
+        let mut raw = bench.raw();
+        for (number, (bytes, fd)) in handshake.iter().enumerate() {
+            let mut rest = &bytes[..];
+            let mut fds: Vec<_> = fd.iter().copied().collect();
+            for len in pieces(number) {
+                let (piece, after) = rest.split_at(len.min(rest.len()));
+                raw.send_bytes(piece, &fds);
+                if !piece.is_empty() {
+                    fds.clear();
+                }
+                rest = after;
+            }
+            raw.send_bytes(rest, &fds);
+        }
+        let replies = read_all(&mut raw);
+        drop(raw);
+        bench.wait_for_state(&SessionState::Listening);
+        (replies, bench.device.calls())
+    };
+    let whole = run(&|_| Vec::new());
+    assert!(whole.1.contains(&Call::Stop(0)), "the handshake went to its end: {:?}", whole.1);
+    for cut in 1..60 {
+        assert_eq!(run(&|_| vec![cut]), whole, "cut after byte {cut}");
+    }
+    assert_eq!(run(&|_| vec![1; 60]), whole, "byte by byte");
+    drop(handshake);
+    drop((memory, bell));
+    bench.check_recovered();
+}
+
+#[test]
+fn p06_descriptors_stay_with_their_message_when_many_are_queued() {
+    let bench = Bench::new();
+    let memory = Memory::new(0);
+    let bell = event();
+    let mut raw = bench.negotiated();
+    // All queued before the back end can read any: reads meet several descriptors in a row.
+    let mut expected = 0;
+    for round in 0..50u64 {
+        let index = round % 4;
+        for id in [id::SET_VRING_CALL, id::SET_VRING_ERR, id::SET_VRING_CALL] {
+            raw.send_bytes(&message(id, NEED_REPLY, &index.to_ne_bytes()), &[bell.as_fd()]);
+            raw.send_bytes(&message(id::SET_VRING_NUM, NEED_REPLY, &state(0, 64)), &[]);
+            expected += 1;
+        }
+    }
+    for _ in 0..expected / 3 {
+        for id in [id::SET_VRING_CALL, id::SET_VRING_ERR, id::SET_VRING_CALL] {
+            assert_eq!(raw.reply(id), ACK);
+            assert_eq!(raw.reply(id::SET_VRING_NUM), ACK);
+        }
+    }
+    drop((raw, memory, bell));
+    bench.check_recovered();
+}
+
+#[test]
+fn p07_a_peer_that_never_reads_is_ended_and_delays_nobody() {
+    let deadline = Duration::from_millis(500);
+    let bench = Bench::with_limits(Limits { reply_deadline: deadline, ..Limits::default() });
+    let raw = bench.raw();
+    let began = Instant::now();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let flood = message(id::GET_FEATURES, PLAIN, &[]).repeat(1000);
+            for _ in 0..100 {
+                if !raw.try_send_bytes(&flood, &[]) {
+                    break;
+                }
+            }
+            over.store(true, Ordering::Relaxed);
+        });
+        while !over.load(Ordering::Relaxed) {
+            bench.check_canary();
+        }
+    });
+    wait_until("the end of the session", || bench.status().state == SessionState::Listening);
+    assert!(began.elapsed() >= deadline);
+    let error = bench.status().last_error.unwrap();
+    assert!(error.contains("did not take its replies"), "{error}");
+    drop(raw);
+    bench.check_recovered();
+}
+
+#[test]
+fn p08_descriptors_on_a_message_that_takes_none_close() {
+    let bench = Bench::new();
+    let bell = event();
+    for count in [1, 2, 3, 8, 9, 32, 33, 64, 252, 253] {
+        let fds = vec![bell.as_fd(); count];
+        for (id, payload) in [
+            (id::GET_FEATURES, vec![]),
+            (id::SET_FEATURES, vec![0; 8]),
+            (id::SET_VRING_NUM, state(0, 64)),
+            (99, vec![]),
+        ] {
+            check_closes_with(&bench, &message(id, NEED_REPLY, &payload), &fds, 1);
+        }
+    }
+    // More than there should be: one for a ring, one for a channel, one (tolerated) for REM_MEM_REG.
+    for (id, payload) in [
+        (id::SET_VRING_KICK, vec![0; 8]),
+        (id::SET_VRING_CALL, vec![0; 8]),
+        (id::SET_VRING_ERR, vec![0; 8]),
+        (id::SET_BACKEND_REQ_FD, vec![]),
+        (id::ADD_MEM_REG, vec![0; 40]),
+        (id::REM_MEM_REG, vec![0; 40]),
+    ] {
+        check_closes_with(&bench, &message(id, NEED_REPLY, &payload), &[bell.as_fd(); 2], 1);
+    }
+    // And too few.
+    for (id, payload) in
+        [(id::SET_VRING_KICK, vec![0; 8]), (id::SET_BACKEND_REQ_FD, vec![]), (id::ADD_MEM_REG, vec![0; 40])]
+    {
+        check_closes_with(&bench, &message(id, NEED_REPLY, &payload), &[], 1);
+    }
+    drop(bell);
+    bench.check_recovered();
+}
+
+/// Like [`check_closes`], while the caller holds `held` descriptors more than the base.
+#[track_caller]
+fn check_closes_with(bench: &Bench, bytes: &[u8], fds: &[BorrowedFd<'_>], held: usize) {
+    let mut raw = bench.negotiated();
+    raw.try_send_bytes(bytes, fds);
+    raw.closed();
+    drop(raw);
+    let base = Holdings { descriptors: bench.base.descriptors + held, ..bench.base };
+    base.wait_for_return();
+    bench.check_canary();
+}
+
+#[test]
+fn p09_too_few_or_too_many_descriptors_for_a_memory_table_close() {
+    let bench = Bench::new();
+    let fd = memfd(1 << 20);
+    for (regions, fds) in [(1, 0), (1, 2), (2, 1), (2, 3), (8, 7), (8, 9), (8, 32), (8, 33), (0, 1)] {
+        let regions: Vec<Region> = (0..regions).map(|n| [n << 20, 1 << 20, n << 20, 0]).collect();
+        let payload = table(u32::try_from(regions.len()).unwrap(), &regions);
+        let message = message(id::SET_MEM_TABLE, NEED_REPLY, &payload);
+        check_closes_with(&bench, &message, &vec![fd.as_fd(); fds], 1);
+    }
+    drop(fd);
+    bench.check_recovered();
+}
+
+#[test]
+fn p10_descriptors_in_the_middle_of_a_payload_close() {
+    let bench = Bench::new();
+    let bell = event();
+    for cut in [12, 13, 19] {
+        let message = message(id::SET_VRING_KICK, NEED_REPLY, &[0; 8]);
+        let mut raw = bench.negotiated();
+        raw.send_bytes(&message[..cut], &[]);
+        raw.try_send_bytes(&message[cut..], &[bell.as_fd()]);
+        raw.closed();
+        // Also when the header's descriptor is there.
+        let mut raw = bench.negotiated();
+        raw.send_bytes(&message[..cut], &[bell.as_fd()]);
+        raw.try_send_bytes(&message[cut..], &[bell.as_fd()]);
+        raw.closed();
+    }
+    drop(bell);
+    bench.check_recovered();
+}
+
+#[test]
+fn p11_descriptors_lost_at_the_limit_close_that_session_only() {
+    let bench = Bench::new();
+    let bell = event();
+    let raw = bench.negotiated();
+    // Looked at without opening anything.
+    let mut other = Raw::connect(&bench.canary);
+    assert_eq!(other.ask(id::GET_FEATURES, &[]), OFFERED.to_ne_bytes());
+    let before = getrlimit(Resource::Nofile);
+    let used = Holdings::now().descriptors as u64;
+    setrlimit(Resource::Nofile, Rlimit { current: Some(used + 5), ..before }).unwrap();
+    raw.try_send_bytes(&message(id::SET_MEM_TABLE, PLAIN, &[0; 8]), &[bell.as_fd(); 20]);
+    let answer = other.ask(id::GET_FEATURES, &[]);
+    setrlimit(Resource::Nofile, before).unwrap();
+    assert_eq!(answer, OFFERED.to_ne_bytes());
+    let mut raw = raw;
+    raw.closed();
+    let error = bench.status().last_error.unwrap();
+    assert!(error.contains("too many open"), "{error}");
+    drop((raw, other, bell));
+    bench.check_recovered();
+}
+
+#[test]
+fn p11_connections_wait_while_no_descriptor_is_free() {
+    let bench = Bench::new();
+    let before = getrlimit(Resource::Nofile);
+    let used = Holdings::now().descriptors as u64;
+    // One is left (the count itself needed it), and the peer takes it.
+    setrlimit(Resource::Nofile, Rlimit { current: Some(used), ..before }).unwrap();
+    let raw = UnixStream::connect(&bench.path);
+    wait_until("the failed accept", || bench.status().last_error.is_some());
+    setrlimit(Resource::Nofile, before).unwrap();
+    let mut raw = Raw::new(raw.unwrap());
+    assert_eq!(raw.ask(id::GET_FEATURES, &[]), OFFERED.to_ne_bytes());
+    drop(raw);
+    bench.check_recovered();
+}
+
+#[test]
+fn p12_half_close_reset_and_end_within_a_message() {
+    let bench = Bench::new();
+    let set_features = message(id::SET_FEATURES, PLAIN, &[0; 8]);
+    for len in [0, 5, 12, 15] {
+        // Half-closed: our end still could be written to.
+        let mut raw = bench.negotiated();
+        raw.send_bytes(&set_features[..len], &[]);
+        raw.stream.shutdown(Shutdown::Write).unwrap();
+        raw.closed();
+        // Closed with a reply unread: a reset.
+        let raw = bench.negotiated();
+        raw.send(id::GET_FEATURES, &[], &[]);
+        wait_until("the reply", || rustix::io::ioctl_fionread(&raw.stream).unwrap() > 0);
+        raw.send_bytes(&set_features[..len], &[]);
+        drop(raw);
+        bench.wait_for_state(&SessionState::Listening);
+        bench.check_canary();
+    }
+    bench.check_recovered();
+}
+
+#[test]
+fn p13_a_peer_that_dies_at_any_message_boundary_leaves_nothing() {
+    let bench = Bench::new();
+    let memory = Memory::new(0);
+    let bell = event();
+    let handshake = handshake(&memory, &bell);
+    let base = Holdings { descriptors: bench.base.descriptors + 2, ..bench.base };
+    for count in 0..=handshake.len() {
+        let raw = bench.raw();
+        for (bytes, fd) in &handshake[..count] {
+            let fds: Vec<_> = fd.iter().copied().collect();
+            raw.send_bytes(bytes, &fds);
+        }
+        drop(raw);
+        base.wait_for_return();
+        assert!(bench.device.notes().running.is_empty());
+    }
+    drop(handshake);
+    drop((memory, bell));
+    bench.check_recovered();
+}
+
+#[test]
+fn p14_ring_index_beyond_the_last_ring_is_refused() {
+    let bench = Bench::with(Limits::default(), Recorder::with_queue_pairs(4));
+    let bell = event();
+    let mut raw = bench.negotiated();
+    for index in [8, 255, 256, 0x10000, 0x10001, u32::MAX] {
+        raw.refused(id::SET_VRING_NUM, &state(index, 256), &[]);
+        raw.refused(id::SET_VRING_BASE, &state(index, 0), &[]);
+        raw.refused(id::SET_VRING_ADDR, &addr(index, 0, [0; 3]), &[]);
+        raw.refused(id::SET_VRING_ENABLE, &state(index, 1), &[]);
+        // 256 is the flag that says there is no descriptor.
+        if index != 256 {
+            for id in [id::SET_VRING_KICK, id::SET_VRING_CALL, id::SET_VRING_ERR] {
+                let fds: &[_] = if index & 256 == 0 { &[bell.as_fd()] } else { &[] };
+                raw.refused(id, &u64::from(index).to_ne_bytes(), fds);
+            }
+        }
+    }
+    for word in [1 << 9, 1 << 32, 1 << 63] {
+        raw.refused(id::SET_VRING_KICK, &u64::to_ne_bytes(word), &[bell.as_fd()]);
+    }
+    // Its answer is no acknowledgement, so there is no way to say no.
+    raw.send_bytes(&message(id::GET_VRING_BASE, NEED_REPLY, &state(8, 0)), &[]);
+    raw.closed();
+    assert!(bench.device.notes().running.is_empty());
+    drop((raw, bell));
+    bench.check_recovered();
+}
+
+#[test]
+fn p14_the_last_of_256_rings_works() {
+    let bench = Bench::new();
+    let memory = Memory::new(0);
+    let mut raw = bench.negotiated();
+    memory.give(&mut raw);
+    let kick = raw.start_ring(255, &memory);
+    assert!(bench.device.notes().running.contains_key(&255));
+    drop((raw, kick, memory));
+    bench.check_recovered();
+}
+
+#[test]
+fn p15_features_that_were_not_offered_are_refused() {
+    let bench = Bench::new();
+    let mut raw = bench.negotiated();
+    for bit in [0, 26, 34, 38, 63] {
+        raw.refused(id::SET_FEATURES, &(OFFERED | 1 << bit).to_ne_bytes(), &[]);
+    }
+    // A guest of before virtio 1.0 is served, too.
+    raw.accepted(id::SET_FEATURES, &(OFFERED & !VERSION_1).to_ne_bytes(), &[]);
+    assert_eq!(bench.status().features, Some(OFFERED & !VERSION_1));
+    drop(raw);
+    bench.check_recovered();
+}
+
+#[test]
+fn p16_features_cannot_change_under_a_running_ring() {
+    let bench = Bench::new();
+    let memory = Memory::new(0);
+    let mut raw = bench.negotiated();
+    memory.give(&mut raw);
+    let kick = raw.start_ring(0, &memory);
+    raw.refused(id::SET_FEATURES, &(OFFERED & !(1 << 15)).to_ne_bytes(), &[]);
+    raw.accepted(id::SET_FEATURES, &OFFERED.to_ne_bytes(), &[]);
+    raw.ask(id::GET_VRING_BASE, &state(0, 0));
+    raw.accepted(id::SET_FEATURES, &(OFFERED & !(1 << 15)).to_ne_bytes(), &[]);
+    drop((raw, kick, memory));
+    bench.check_recovered();
+}
+
+#[test]
+fn p17_protocol_features_that_were_not_offered_close() {
+    let bench = Bench::new();
+    for bits in [1 << 14, 1 << 14 | BACKEND_REQ | REPLY_ACK, 1 << 1, 1 << 63, u64::MAX] {
+        let message = message(id::SET_PROTOCOL_FEATURES, NEED_REPLY, &bits.to_ne_bytes());
+        check_closes(&bench, "protocol features", &message, &[]);
+    }
+    bench.check_recovered();
+}
+
+#[test]
+fn p18_ring_sizes() {
+    let bench = Bench::new();
+    let memory = Memory::new(0);
+    let mut raw = bench.negotiated();
+    for size in [0, 3, 255, 32767, 32769, 65536, 65537, u32::MAX] {
+        raw.refused(id::SET_VRING_NUM, &state(0, size), &[]);
+    }
+    for size in [1, 2, 256, 32768] {
+        raw.accepted(id::SET_VRING_NUM, &state(0, size), &[]);
+    }
+    memory.give(&mut raw);
+    let kick = raw.start_ring(0, &memory);
+    raw.refused(id::SET_VRING_NUM, &state(0, 128), &[]);
+    raw.refused(id::SET_VRING_ADDR, &addr(0, 0, memory.ring_parts(1)), &[]);
+    assert_eq!(bench.status().rings[0].size, 256);
+
+    let resident = || {
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
+    };
+    let mut repeat = |count| (0..count).for_each(|_| raw.accepted(id::SET_VRING_NUM, &state(1, 256), &[]));
+    repeat(1000);
+    let before = resident();
+    repeat(20_000);
+    assert!(resident() < before + (1 << 20), "memory grew from {before} to {}", resident());
+    drop((raw, kick, memory));
+    bench.check_recovered();
+}
+
+#[test]
+fn p19_a_ring_at_a_bad_address_never_starts() {
+    let bench = Bench::new();
+    let memory = Memory::new(0);
+    let mut raw = bench.negotiated();
+    let [desc, avail, used] = memory.ring_parts(0);
+    for (flags, parts) in [
+        (0, [desc + 8, avail, used]),
+        (0, [desc, avail + 1, used]),
+        (0, [desc, avail, used + 2]),
+        (1, [desc, avail, used]),
+        (2, [desc, avail, used]),
+        (u32::MAX, [desc, avail, used]),
+    ] {
+        raw.refused(id::SET_VRING_ADDR, &addr(0, flags, parts), &[]);
+    }
+    drop(raw);
+    let end = memory.region[2] + memory.region[1];
+    for parts in [
+        [0, avail, used],
+        [desc, end, used],
+        [desc, avail, end - 4],
+        [end - 16, avail, used],
+        [u64::MAX - 15, avail, used],
+    ] {
+        let mut raw = bench.negotiated();
+        // Before there is memory nothing can be said about it; then the ring does not start.
+        raw.accepted(id::SET_VRING_ADDR, &addr(0, 0, parts), &[]);
+        raw.accepted(id::SET_VRING_NUM, &state(0, 256), &[]);
+        memory.give(&mut raw);
+        let kick = event();
+        raw.refused(id::SET_VRING_KICK, &0u64.to_ne_bytes(), &[kick.as_fd()]);
+        assert!(bench.device.notes().running.is_empty());
+        assert!(!bench.status().rings[0].started);
+        // A good address is all that is missing.
+        raw.accepted(id::SET_VRING_ADDR, &memory.ring_addr(0), &[]);
+        assert!(bench.status().rings[0].started);
+        // Nor does it if memory comes last.
+        drop(raw);
+        let mut raw = bench.negotiated();
+        raw.accepted(id::SET_VRING_ADDR, &addr(0, 0, parts), &[]);
+        raw.accepted(id::SET_VRING_NUM, &state(0, 256), &[]);
+        raw.accepted(id::SET_VRING_KICK, &0u64.to_ne_bytes(), &[kick.as_fd()]);
+        memory.give(&mut raw);
+        assert!(bench.device.notes().running.is_empty());
+        assert!(bench.status().last_error.unwrap().contains("cannot start"));
+        drop(raw);
+    }
+    drop(memory);
+    bench.check_recovered();
+}
+
+/// Descriptors that are no eventfd.
+fn strangers(dir: &std::path::Path) -> Vec<(&'static str, OwnedFd)> {
+    let (pipe_read, pipe_write) = rustix::pipe::pipe().unwrap();
+    let (socket, _) = UnixStream::pair().unwrap();
+    let open = |path: &str| std::fs::File::open(path).unwrap().into();
+    let path_only = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
+    vec![
+        ("pipe, read end", pipe_read),
+        ("pipe, write end", pipe_write),
+        ("regular file", std::fs::File::create(dir.join("file")).unwrap().into()),
+        ("directory", std::fs::File::open(dir).unwrap().into()),
+        ("socket whose peer is closed", socket.into()),
+        ("listening socket", UnixListener::bind(dir.join("listener")).unwrap().into()),
+        ("our kind of listening socket", std::net::TcpListener::bind("127.0.0.1:0").unwrap().into()),
+        ("epoll instance", epoll::create(epoll::CreateFlags::CLOEXEC).unwrap()),
+        ("memory", memfd(4096)),
+        ("null device", open("/dev/null")),
+        ("zero device", open("/dev/zero")),
+        ("procfs file", open("/proc/self/maps")),
+        ("path", rustix::fs::open(dir, path_only, rustix::fs::Mode::empty()).unwrap()),
+    ]
+}
+
+#[test]
+fn p20_kick_call_and_err_must_be_eventfds() {
+    let bench = Bench::new();
+    let dir = tempfile::tempdir().unwrap();
+    let mut raw = bench.negotiated();
+    for (kind, fd) in strangers(dir.path()) {
+        for id in [id::SET_VRING_KICK, id::SET_VRING_CALL, id::SET_VRING_ERR] {
+            let answer = raw.request(id, &0u64.to_ne_bytes(), &[fd.as_fd()]);
+            assert_eq!(answer, NACK, "{kind} taken as eventfd");
+        }
+        bench.check_canary();
+    }
+    drop(raw);
+    bench.check_recovered();
+}
+
+#[test]
+fn p20_eventfds_become_non_blocking() {
+    let bench = Bench::new();
+    let blocking = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+    let mut raw = bench.negotiated();
+    raw.accepted(id::SET_VRING_CALL, &0u64.to_ne_bytes(), &[blocking.as_fd()]);
+    let flags = rustix::fs::fcntl_getfl(&blocking).unwrap();
+    assert!(flags.contains(rustix::fs::OFlags::NONBLOCK));
+    // One eventfd for everything is strange, but works.
+    let memory = Memory::new(0);
+    memory.give(&mut raw);
+    raw.accepted(id::SET_VRING_NUM, &state(0, 256), &[]);
+    raw.accepted(id::SET_VRING_ADDR, &memory.ring_addr(0), &[]);
+    raw.accepted(id::SET_VRING_KICK, &0u64.to_ne_bytes(), &[blocking.as_fd()]);
+    assert!(bench.status().rings[0].started);
+    drop((raw, memory, blocking));
+    bench.check_recovered();
+}
+
+#[test]
+fn p21_polling_without_descriptor_and_with_a_wrong_one() {
+    let bench = Bench::new();
+    let memory = Memory::new(0);
+    let bell = event();
+    let mut raw = bench.negotiated();
+    memory.give(&mut raw);
+    raw.accepted(id::SET_VRING_NUM, &state(0, 256), &[]);
+    raw.accepted(id::SET_VRING_ADDR, &memory.ring_addr(0), &[]);
+    raw.accepted(id::SET_VRING_CALL, &(256u64).to_ne_bytes(), &[]);
+    raw.accepted(id::SET_VRING_KICK, &(256u64).to_ne_bytes(), &[]);
+    let start = Call::Start { index: 0, size: 256, base: 0, enabled: false, kick: false, call: false };
+    assert_eq!(bench.device.calls().last(), Some(&start));
+    // The flag and a descriptor contradict each other.
+    raw.try_send_bytes(&message(id::SET_VRING_KICK, NEED_REPLY, &256u64.to_ne_bytes()), &[bell.as_fd()]);
+    raw.closed();
+    drop((raw, memory, bell));
+    bench.check_recovered();
+}
+
+#[test]
+fn p22_p24_call_and_err_replaced_again_and_again() {
+    let bench = Bench::new();
+    let memory = Memory::new(0);
+    let mut raw = bench.negotiated();
+    memory.give(&mut raw);
+    let kick = raw.start_ring(0, &memory);
+    let mut replace = |count: usize| {
+        for _ in 0..count {
+            let bell = event();
+            raw.accepted(id::SET_VRING_CALL, &0u64.to_ne_bytes(), &[bell.as_fd()]);
+            raw.accepted(id::SET_VRING_ERR, &0u64.to_ne_bytes(), &[bell.as_fd()]);
+            // A new kick means a new start, at the place where the ring was.
+            raw.accepted(id::SET_VRING_KICK, &0u64.to_ne_bytes(), &[bell.as_fd()]);
+        }
+    };
+    replace(1);
+    // The memory's own descriptor is still being let go of.
+    wait_until("the burial", || Holdings::now().threads == bench.base.threads);
+    let before = Holdings::now();
+    replace(3000);
+    before.wait_for_return();
+    drop((raw, kick, memory));
+    bench.check_recovered();
+}
+
+#[test]
+fn p25_rings_are_enabled_and_disabled() {
+    let bench = Bench::new();
+    let memory = Memory::new(0);
+    let mut raw = bench.negotiated();
+    memory.give(&mut raw);
+    let kick = raw.start_ring(0, &memory);
+    // With PROTOCOL_FEATURES a ring starts disabled.
+    assert_eq!(bench.status().state, SessionState::Negotiating);
+    for _ in 0..2000 {
+        raw.accepted(id::SET_VRING_ENABLE, &state(0, 1), &[]);
+        raw.accepted(id::SET_VRING_ENABLE, &state(0, 0), &[]);
+    }
+    raw.refused(id::SET_VRING_ENABLE, &state(0, 2), &[]);
+    raw.refused(id::SET_VRING_ENABLE, &state(0, u32::MAX), &[]);
+    let enables = bench.device.calls().iter().filter(|call| matches!(call, Call::Enable(..))).count();
+    assert_eq!(enables, 4000);
+    drop((raw, kick, memory));
+    bench.check_recovered();
+}
+
+#[test]
+fn p25_without_protocol_features_rings_are_enabled_from_the_start() {
+    let bench = Bench::new();
+    let memory = Memory::new(0);
+    let kick = event();
+    let mut raw = bench.raw();
+    raw.number(id::SET_FEATURES, VERSION_1);
+    raw.send(id::SET_MEM_TABLE, &table(1, &[memory.region]), &[memory.fd.as_fd()]);
+    raw.send(id::SET_VRING_NUM, &state(0, 256), &[]);
+    raw.send(id::SET_VRING_ADDR, &memory.ring_addr(0), &[]);
+    raw.send(id::SET_VRING_KICK, &0u64.to_ne_bytes(), &[kick.as_fd()]);
+    bench.wait_for_state(&SessionState::Linked);
+    // RESET_OWNER disables; the next SET_FEATURES is the only way back.
+    raw.send(id::RESET_OWNER, &[], &[]);
+    bench.wait_for_state(&SessionState::Negotiating);
+    raw.number(id::SET_FEATURES, VERSION_1);
+    bench.wait_for_state(&SessionState::Linked);
+    assert_eq!(raw.ask(id::GET_VRING_BASE, &state(0, 0)), state(0, 0));
+    drop((raw, kick, memory));
+    bench.check_recovered();
+}
+
+#[test]
+fn p26_configuration_space_is_read_within_its_bounds() {
+    let bench = Bench::new();
+    let mut raw = bench.negotiated();
+    assert_eq!(raw.ask(id::GET_QUEUE_NUM, &[]), 128u64.to_ne_bytes());
+    let whole = raw.ask(id::GET_CONFIG, &config(0, 12, 0, &[0; 12]));
+    assert_eq!(whole[..12], config(0, 12, 0, &[]));
+    assert_eq!(whole[12..], [0x52, 0x54, 0, 1, 2, 3, 1, 0, 128, 0, 0xdc, 5]);
+    assert_eq!(raw.ask(id::GET_CONFIG, &config(10, 2, 0, &[0; 2]))[12..], [0xdc, 5]);
+    assert_eq!(raw.ask(id::GET_CONFIG, &config(0, 256, 0, &[0; 256])).len(), 12 + 256);
+    // An answer without payload says no.
+    for (offset, size, len) in [
+        (0, 0, 0),
+        (0, 257, 257),
+        (1, 256, 256),
+        (256, 1, 1),
+        (255, 2, 2),
+        (u32::MAX, 1, 1),
+        (u32::MAX, 2, 2),
+        (0, u32::MAX, 12),
+        (0, 12, 11),
+        (0, 12, 13),
+        (0, 12, 0),
+    ] {
+        let answer = raw.ask(id::GET_CONFIG, &config(offset, size, 0, &vec![0; len]));
+        assert!(answer.is_empty(), "{size} bytes at {offset}");
+    }
+    drop(raw);
+    bench.check_recovered();
+}
+
+#[test]
+fn p27_configuration_space_cannot_be_written_by_the_guest() {
+    let bench = Bench::new();
+    let mut raw = bench.negotiated();
+    for flags in [0, 2, 3, u32::MAX] {
+        raw.refused(id::SET_CONFIG, &config(0, 6, flags, &[2; 6]), &[]);
+    }
+    raw.refused(id::SET_CONFIG, &config(255, 2, 1, &[0; 2]), &[]);
+    raw.refused(id::SET_CONFIG, &config(0, 0, 1, &[]), &[]);
+    // A migration may say what it likes; the port knows better.
+    raw.accepted(id::SET_CONFIG, &config(0, 6, 1, &[2; 6]), &[]);
+    assert_eq!(raw.ask(id::GET_CONFIG, &config(0, 6, 0, &[0; 6]))[12..], [0x52, 0x54, 0, 1, 2, 3]);
+    drop(raw);
+    bench.check_recovered();
+}
+
+#[test]
+fn p28_mtu_is_checked() {
+    let bench = Bench::new();
+    let mut raw = bench.negotiated();
+    for mtu in [0, 67, 1501, 65535, 65536, u64::MAX, 1 << 32 | 1500] {
+        raw.refused(id::NET_SET_MTU, &u64::to_ne_bytes(mtu), &[]);
+    }
+    raw.accepted(id::NET_SET_MTU, &1400u64.to_ne_bytes(), &[]);
+    assert_eq!(bench.device.calls().last(), Some(&Call::SetMtu(1400)));
+    drop(raw);
+    bench.check_recovered();
+}
+
+#[test]
+fn p29_rarp_for_a_group_address_is_refused() {
+    let bench = Bench::new();
+    let mut raw = bench.negotiated();
+    for mac in [[1, 0, 0x5e, 0, 0, 1, 0, 0], [0xff; 8], [0; 8]] {
+        raw.refused(id::SEND_RARP, &mac, &[]);
+    }
+    raw.accepted(id::SEND_RARP, &[0x52, 0x54, 0, 1, 2, 3, 0, 0], &[]);
+    assert_eq!(bench.device.calls().last(), Some(&Call::SendRarp([0x52, 0x54, 0, 1, 2, 3])));
+    drop(raw);
+    bench.check_recovered();
+}
+
+#[test]
+fn p30_back_end_channel_must_be_a_socket_and_must_be_read() {
+    let bench = Bench::new();
+    let dir = tempfile::tempdir().unwrap();
+    let mut raw = bench.negotiated();
+    for (kind, fd) in strangers(dir.path()) {
+        if kind != "socket whose peer is closed" {
+            let answer = raw.request(id::SET_BACKEND_REQ_FD, &[], &[fd.as_fd()]);
+            assert_eq!(answer, NACK, "{kind} taken as channel");
+        }
+    }
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    raw.accepted(id::SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()]);
+    drop(theirs);
+    bench.sessions.config_changed(bench.id);
+    let mut message = [0; 12];
+    (&ours).read_exact(&mut message).unwrap();
+    assert_eq!(message[..], support::message(2, PLAIN, &[])[..]);
+    // Never read again: full at some time, then given up, and nobody waits.
+    let began = Instant::now();
+    while bench.status().last_error.as_deref().is_none_or(|error| !error.contains("given up")) {
+        assert!(began.elapsed() < SOON);
+        bench.sessions.config_changed(bench.id);
+    }
+    bench.check_canary();
+    drop((ours, raw));
+    bench.check_recovered();
+}
+
+#[test]
+fn p31_iotlb_messages_are_refused() {
+    let bench = Bench::new();
+    let mut raw = bench.negotiated();
+    raw.refused(id::IOTLB_MSG, &[0xff; 32], &[]);
+    drop(raw);
+    bench.check_recovered();
+}
+
+#[test]
+fn p32_a_second_front_end_is_turned_away_until_the_first_is_gone() {
+    let bench = Bench::new();
+    let mut first = bench.negotiated();
+    for round in 1..=20 {
+        let mut second = bench.raw();
+        second.closed();
+        wait_until("the count", || bench.status().rejected == round);
+        assert_eq!(first.ask(id::GET_FEATURES, &[]), OFFERED.to_ne_bytes());
+    }
+    assert!(bench.status().last_error.unwrap().contains("another front end"));
+    // However fast the next one comes, and whatever the last one left unread.
+    for _ in 0..200 {
+        first.send_bytes(&message(id::SET_OWNER, PLAIN, &[]).repeat(100), &[]);
+        drop(first);
+        first = bench.raw();
+        assert_eq!(first.ask(id::GET_FEATURES, &[]), OFFERED.to_ne_bytes());
+    }
+    assert_eq!(bench.status().rejected, 20);
+    drop(first);
+    bench.check_recovered();
+}
+
+#[test]
+fn p33_reconnects_as_fast_as_they_come() {
+    let bench = Bench::new();
+    let memory = Memory::new(0);
+    let bell = event();
+    let handshake = handshake(&memory, &bell);
+    for round in 0..100 {
+        let mut raw = bench.raw();
+        for (bytes, fd) in &handshake {
+            let fds: Vec<_> = fd.iter().copied().collect();
+            raw.send_bytes(bytes, &fds);
+        }
+        assert!(!read_all(&mut raw).is_empty());
+        if round % 10 == 0 {
+            bench.check_canary();
+        }
+    }
+    wait_until("all", || bench.status().connections == 100);
+    drop(handshake);
+    drop((memory, bell));
+    bench.check_recovered();
+}
+
+#[test]
+fn user_that_may_not_is_turned_away() {
+    let bench = Bench::new();
+    let path = bench.path.with_file_name("private");
+    let nobody_here = Endpoint { users: vec![4_000_000], ..Endpoint::listen(&path) };
+    let id = bench.sessions.add(nobody_here, Box::new(Recorder::default())).unwrap();
+    Raw::connect(&path).closed();
+    let status = bench.sessions.status(id).unwrap();
+    assert_eq!((status.connections, status.rejected), (0, 1));
+    assert!(status.last_error.unwrap().contains("may not use"));
+    bench.sessions.remove(id);
+    bench.check_recovered();
+}
