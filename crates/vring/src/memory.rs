@@ -373,13 +373,13 @@ fn check_file(region: RegionSpec, fd: BorrowedFd<'_>) -> Result<CheckedFile, Mem
     let stat = rustix::fs::fstat(fd).map_err(|e| kind(format!("descriptor ({e})")))?;
     let file_type = FileType::from_raw_mode(stat.st_mode);
     if file_type != FileType::RegularFile {
-        return Err(kind(format!("a {file_type:?}")));
+        return Err(kind(name_of(file_type).into()));
     }
     let fs = rustix::fs::fstatfs(fd).map_err(|e| kind(format!("descriptor ({e})")))?;
     #[allow(clippy::cast_sign_loss)]
     let (magic, block_size) = (fs.f_type as u64 & 0xffff_ffff, fs.f_bsize as u64);
     if magic != TMPFS_MAGIC && magic != HUGETLBFS_MAGIC {
-        return Err(kind(format!("a file on a disk file system (type {magic:#x})")));
+        return Err(kind(format!("a file on file system {magic:#x}")));
     }
     // check_table has shown that this does not wrap.
     let end = region.mmap_offset + region.size;
@@ -391,6 +391,16 @@ fn check_file(region: RegionSpec, fd: BorrowedFd<'_>) -> Result<CheckedFile, Mem
     // hugetlbfs reports its page size as block size; mappings of it must be aligned to that.
     let page_size = if magic == HUGETLBFS_MAGIC { block_size } else { rustix::param::page_size() as u64 };
     Ok(CheckedFile { page_size, id: (stat.st_dev, stat.st_ino), shrinkable })
+}
+
+fn name_of(file_type: FileType) -> &'static str {
+    match file_type {
+        FileType::Fifo => "a pipe",
+        FileType::Socket => "a socket",
+        FileType::Directory => "a directory",
+        FileType::CharacterDevice | FileType::BlockDevice => "a device",
+        _ => "no file (an eventfd, for example)",
+    }
 }
 
 /// Maps one checked region. Offsets into huge-page files need not be huge-page aligned (front ends split one file into

@@ -53,8 +53,9 @@ impl TxRing {
             // SAFETY: every piece in `frames` was translated in `ring.memory` with its whole length, or with the room
             // that it was pushed with.
             unsafe { frames.fetch_heads(ring.header_len) };
-            ring.check_memory()?;
         }
+        // Also if there is nothing: an index of 0 may be that of a page put in place of a lost one.
+        ring.check_memory()?;
         // SAFETY: every piece in `frames` was translated in `ring.memory`, which `ring` holds and nobody can replace
         // while the burst borrows it.
         let burst = unsafe { Burst::new(frames) };

@@ -26,8 +26,10 @@ pub enum Mutation {
     Descriptor { slot: usize, field: u8, value: u64 },
     /// An available entry.
     Entry { step: u16, head: u16 },
-    /// The available index, off by so much.
+    /// The available index, any.
     Index(u16),
+    /// The available index, so far beyond what a full ring has, or before it.
+    Jump(i16),
 }
 
 /// One ring, and chains offered in it round after round.
@@ -102,6 +104,7 @@ pub fn mutation() -> impl Strategy<Value = Mutation> {
         1 => (0..80u16, any::<u16>()).prop_map(|(step, head)| Mutation::Entry { step, head }),
         2 => (0..80u16, 0..16u16).prop_map(|(step, head)| Mutation::Entry { step, head }),
         1 => any::<u16>().prop_map(Mutation::Index),
+        1 => (-2..3i16).prop_map(Mutation::Jump),
     ]
 }
 
@@ -231,7 +234,11 @@ impl Writer {
                     model.offer(model.next.wrapping_add(step % offered), head);
                 }
             }
-            Mutation::Index(by) => model.publish(self.avail.wrapping_add(by)),
+            Mutation::Index(to) => model.publish(to),
+            Mutation::Jump(by) => {
+                let full = model.next.wrapping_add(model.size);
+                model.publish(full.wrapping_add_signed(by));
+            }
         }
     }
 }
