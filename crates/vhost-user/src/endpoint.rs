@@ -4,7 +4,6 @@
 //! [`crate::burial`]) → waiting again. Everything here is called by the session thread and does a bounded amount of
 //! work: so many messages, so many accepts, then it is another endpoint's turn.
 
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
@@ -98,8 +97,8 @@ impl Dialler {
     fn back_off(&mut self, now: Instant, limits: &Limits) {
         self.pause = (self.pause * 2).clamp(limits.dial_pause_min, limits.dial_pause_max);
         // Up to a quarter more, so that endpoints that failed together do not dial together.
-        let jitter = f64::from(random() % 1024) / 4096.0;
-        self.at = now + self.pause.mul_f64(1.0 + jitter);
+        let jitter = socket::random() % 256;
+        self.at = now + self.pause + self.pause.mul_f32(jitter as f32 / 1024.0);
     }
 
     /// The socket has just appeared (perhaps before its owner listens): try now and often.
@@ -107,12 +106,6 @@ impl Dialler {
         self.at = now;
         self.pause = Duration::ZERO;
     }
-}
-
-/// Any random number; the standard library's hash keys are its one source.
-fn random() -> u16 {
-    let [a, b, ..] = RandomState::new().build_hasher().finish().to_ne_bytes();
-    u16::from_ne_bytes([a, b])
 }
 
 /// A connected front end.
@@ -317,9 +310,10 @@ impl Live {
                 let error = error.to_string();
                 // Once per reason, not once per attempt.
                 if dialler.last_error.as_ref() != Some(&error) {
-                    tracing::info!(path = %self.path.display(), error, "front end not there yet");
+                    let report = format!("no front end to connect to yet: {error}");
                     dialler.last_error = Some(error);
                     self.changed = true;
+                    self.report(&report, now);
                 }
             }
         }
@@ -368,7 +362,7 @@ impl Live {
         if let Err(error) = self.poll.add(socket.as_raw_fd(), self.tokens.1, Events::EPOLLIN) {
             return self.turn_away(socket, &format!("it cannot be watched: {error}"), now, limits);
         }
-        tracing::debug!(path = %self.path.display(), peer.pid, peer.uid, "front end connected");
+        self.report(&format!("front end connected: process {}, user {}", peer.pid, peer.uid), now);
         self.connections += 1;
         self.changed = true;
         self.device.connected(peer);
@@ -454,9 +448,7 @@ impl Live {
         self.changed = true;
         let reason = goodbye.to_string();
         match goodbye {
-            Goodbye::Closed | Goodbye::Removed => {
-                tracing::debug!(path = %self.path.display(), reason, "session ended");
-            }
+            Goodbye::Closed | Goodbye::Removed => self.report(&format!("session ended: {reason}"), now),
             _ => self.complain(format!("session ended: {reason}"), now),
         }
         if let Source::Dialler(dialler) = &mut self.source {
@@ -497,6 +489,13 @@ impl Live {
             if let Some(trouble) = connection.session.take_trouble() {
                 self.complain(trouble, now);
             }
+        }
+    }
+
+    /// Logs what went right, unless this endpoint has logged too much.
+    fn report(&mut self, what: &str, now: Instant) {
+        if let Some(suppressed) = self.log.permit(now) {
+            tracing::info!(path = %self.path.display(), suppressed, "{what}");
         }
     }
 

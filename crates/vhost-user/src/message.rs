@@ -488,3 +488,67 @@ fn config(mut payload: Vec<u8>) -> Config {
     let field = |at: usize| u32::from_ne_bytes(payload[at..at + 4].try_into().expect(LENGTH_CHECKED));
     Config { offset: field(0), size: field(4), flags: field(8), data }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::descriptor::Grave;
+
+    fn header(request: u32, size: usize) -> Header {
+        Header { request, flags: VERSION, size: u32::try_from(size).unwrap() }
+    }
+
+    /// A message of the least length that its rule allows, with the descriptors it must have.
+    fn least(rule: &Rule, grave: &Grave) -> Message {
+        let descriptors = match rule.descriptors {
+            Descriptors::One => 1,
+            Descriptors::ByPayload if rule.request != FrontendReq::SET_MEM_TABLE => 1,
+            _ => 0,
+        };
+        let null = || std::fs::File::open("/dev/null").unwrap().into();
+        Message {
+            header: header(rule.request.into(), *rule.payload.start()),
+            payload: vec![0; *rule.payload.start()],
+            descriptors: (0..descriptors).map(|_| grave.receive(null())).collect(),
+        }
+    }
+
+    #[test]
+    fn every_rule_decodes() {
+        let grave = Grave::new();
+        let rules: Vec<_> = (0..100).filter_map(rule).collect();
+        assert_eq!(rules.len(), 27);
+        for rule in &rules {
+            let message = least(rule, &grave);
+            message.header.check(message.descriptors.len()).unwrap();
+            let request = message.decode(VhostUserProtocolFeatures::all());
+            assert!(request.is_ok(), "{:?}: {request:?}", rule.request);
+        }
+    }
+
+    #[test]
+    fn requests_of_a_feature_need_it() {
+        let grave = Grave::new();
+        for rule in (0..100).filter_map(rule).filter(|rule| !rule.feature.is_empty()) {
+            let others = VhostUserProtocolFeatures::all() - rule.feature;
+            let refused = least(&rule, &grave).decode(others).unwrap_err();
+            assert_eq!(refused, Undecodable::Inactive(rule.feature));
+        }
+    }
+
+    #[test]
+    fn replies_are_what_the_specification_draws() {
+        let mut reply = Vec::new();
+        encode_reply(11, &ring_state_reply(3, 0x1_0002), &mut reply);
+        let words: Vec<_> =
+            reply.chunks(4).map(|word| u32::from_ne_bytes(word.try_into().unwrap())).collect();
+        assert_eq!(words, [11, 0b101, 8, 3, 0x1_0002]);
+    }
+
+    #[test]
+    fn names_are_the_specifications_or_the_number() {
+        assert_eq!(RequestName(5).to_string(), "SET_MEM_TABLE");
+        assert_eq!(RequestName(4711).to_string(), "request 4711");
+    }
+}

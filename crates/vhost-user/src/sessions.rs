@@ -4,7 +4,7 @@
 //! and takes commands. Nothing in it blocks: sockets are non-blocking in both directions, dialling too, descriptors
 //! and memory are let go elsewhere, socket files are made and removed by the thread that asks for it.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
@@ -33,7 +33,8 @@ const BURIAL_PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct EndpointId(u64);
 
-/// Called by the session thread whenever an endpoint's status changed. Must not call [`Sessions`], must not block.
+/// Called by the session thread whenever an endpoint's status changed, for the first time before [`Sessions::add`]
+/// returns. Must not call [`Sessions`], must not block.
 pub type OnChange = Box<dyn Fn(EndpointId, &SessionStatus) + Send>;
 
 /// The session thread and its endpoints. Dropping it ends all sessions and removes their socket files.
@@ -250,11 +251,12 @@ impl Loop {
                 Command::Add { id, endpoint, source, device, reply } => {
                     let tokens = (id.0 * 2, id.0 * 2 + 1);
                     let live = Live::new(endpoint, source, device, Rc::clone(&self.poll), tokens);
-                    let _ = reply.send(live.map(|live| {
+                    let added = live.map(|live| {
                         self.endpoints.insert(id, Entry { live, deadline: None, leaving: None });
-                    }));
-                    self.watch_directory(id);
-                    self.with(id, |live, limits| live.expire(now, limits));
+                        self.watch_directory(id);
+                        self.with(id, |live, limits| live.expire(now, limits));
+                    });
+                    let _ = reply.send(added);
                 }
                 Command::Remove(id, reply) => {
                     if let Some(entry) = self.endpoints.get_mut(&id) {
@@ -338,19 +340,23 @@ impl Loop {
         let Some(directories) = &mut self.directories else { return };
         let mut buffer = [0; 4096];
         let Ok(events) = directories.read_events(&mut buffer) else { return };
-        let mut appeared = Vec::new();
+        let (mut names, mut gone) = (HashSet::new(), HashSet::new());
         for event in events {
-            for (id, entry) in &mut self.endpoints {
-                let Some((path, dialler)) = entry.live.dialling() else { continue };
-                if dialler.watch.as_ref() != Some(&event.wd) {
-                    continue;
-                }
-                if event.mask.contains(EventMask::IGNORED) {
-                    dialler.watch = None;
-                } else if path.file_name() == event.name {
-                    dialler.hurry(now);
-                    appeared.push(*id);
-                }
+            if event.mask.contains(EventMask::IGNORED) {
+                gone.insert(event.wd);
+            } else {
+                names.insert((event.wd, event.name));
+            }
+        }
+        let mut appeared = Vec::new();
+        for (id, entry) in &mut self.endpoints {
+            let Some((path, dialler)) = entry.live.dialling() else { continue };
+            let Some(watch) = dialler.watch.clone() else { continue };
+            if gone.contains(&watch) {
+                dialler.watch = None;
+            } else if names.contains(&(watch, path.file_name())) {
+                dialler.hurry(now);
+                appeared.push(*id);
             }
         }
         for id in appeared {

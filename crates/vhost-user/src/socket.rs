@@ -5,11 +5,11 @@
 //! replaced if it is a socket of ours that nobody listens on any more, and by an exchange, so that what was replaced can
 //! be looked at once more before it is removed.
 
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::sys::socket::sockopt::PeerCredentials;
 use rustix::fs::{self, AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, Stat, Uid};
@@ -221,24 +221,12 @@ struct PrivateDir<'a> {
 
 impl<'a> PrivateDir<'a> {
     fn make(place: &'a Place) -> Result<Self, EndpointError> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let serial = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!(".vhost-user-{}-{serial}", std::process::id());
-        let what = "make a private directory beside";
-        match fs::mkdirat(&place.dir, &name, Mode::RWXU) {
-            // Left over from a process of the same number that was killed right here.
-            Ok(()) | Err(Errno::EXIST) => {}
-            Err(e) => return Err(place.error(what, e)),
-        }
+        let name = format!(".vhost-user-{:016x}", random());
+        let failed = |e| place.error("make a private directory beside", e);
+        fs::mkdirat(&place.dir, &name, Mode::RWXU).map_err(failed)?;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let dir = fs::openat(&place.dir, &name, flags, Mode::empty()).map_err(|e| place.error(what, e))?;
-        let this = Self { place, name, dir };
-        let stat = fs::fstat(&this.dir).map_err(|e| place.error(what, e))?;
-        if stat.st_uid != rustix::process::geteuid().as_raw() || stat.st_mode & 0o077 != 0 {
-            return Err(place.error(what, Errno::EXIST));
-        }
-        let _ = fs::unlinkat(&this.dir, "socket", AtFlags::empty());
-        Ok(this)
+        let dir = fs::openat(&place.dir, &name, flags, Mode::empty()).map_err(failed)?;
+        Ok(Self { place, name, dir })
     }
 }
 
@@ -248,6 +236,11 @@ impl Drop for PrivateDir<'_> {
         let _ = fs::unlinkat(&self.dir, "socket", AtFlags::empty());
         let _ = fs::unlinkat(&self.place.dir, &self.name, AtFlags::REMOVEDIR);
     }
+}
+
+/// Any random number; the standard library's hash keys are the source.
+pub(crate) fn random() -> u64 {
+    RandomState::new().build_hasher().finish()
 }
 
 /// Accepts one connection; `None` if none waits. Never waits.
