@@ -4,8 +4,12 @@
 //! or the test dies, however it dies.
 #![forbid(unsafe_code)]
 
+pub mod canary;
 pub mod deadline;
+pub mod inproc;
 pub mod netns;
+pub mod oracle;
+pub mod peer;
 pub mod process;
 pub mod qemu;
 pub mod testpmd;
