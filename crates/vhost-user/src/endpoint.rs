@@ -473,7 +473,7 @@ impl Live {
     }
 
     /// The end of the session thread: nobody is left to wait for.
-    pub(crate) fn remove(mut self, now: Instant, limits: &Limits) {
+    pub(crate) fn shut_down(mut self, now: Instant, limits: &Limits) {
         self.close(&Goodbye::Removed, now, limits);
         self.burial.start(|| ());
     }

@@ -231,7 +231,7 @@ impl Loop {
             }
         }
         for (_, entry) in self.endpoints.drain() {
-            entry.live.remove(Instant::now(), &self.limits);
+            entry.live.shut_down(Instant::now(), &self.limits);
         }
     }
 

@@ -11,6 +11,7 @@
 use std::collections::BTreeMap;
 use std::io::{IoSlice, Read};
 use std::mem::MaybeUninit;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -302,6 +303,19 @@ impl Bench {
         assert!(began.elapsed() < Duration::from_millis(100), "the canary waited {:?}", began.elapsed());
     }
 
+    /// Sends bytes on a fresh connection; the back end must end it.
+    #[track_caller]
+    pub fn check_closes(&self, what: &str, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+        let mut raw = self.negotiated();
+        // It may be closed before all is sent.
+        raw.try_send_bytes(bytes, fds);
+        raw.closed();
+        drop(raw);
+        self.check_canary();
+        assert!(self.status().last_error.is_some(), "{what}: no reason given");
+        self.base.wait_for_return();
+    }
+
     /// Everything of the last peer is gone, and the next one is served.
     #[track_caller]
     pub fn check_recovered(&self) {
@@ -312,6 +326,39 @@ impl Bench {
         drop(next);
         self.base.wait_for_return();
     }
+}
+
+/// Messages of a whole set-up, with the descriptor that each brings.
+pub fn handshake<'a>(memory: &'a Memory, bell: &'a OwnedFd) -> Vec<(Vec<u8>, Option<BorrowedFd<'a>>)> {
+    let plain = |id, payload: &[u8]| (message(id, PLAIN, payload), None);
+    let acked = |id, payload: &[u8]| (message(id, NEED_REPLY, payload), None);
+    let with = |id, payload: &[u8], fd: &'a OwnedFd| (message(id, NEED_REPLY, payload), Some(fd.as_fd()));
+    vec![
+        plain(id::GET_FEATURES, &[]),
+        plain(id::GET_PROTOCOL_FEATURES, &[]),
+        plain(id::SET_PROTOCOL_FEATURES, &PROTOCOL_OFFERED.to_ne_bytes()),
+        plain(id::GET_QUEUE_NUM, &[]),
+        plain(id::SET_OWNER, &[]),
+        with(id::SET_VRING_CALL, &0u64.to_ne_bytes(), bell),
+        with(id::SET_VRING_ERR, &0u64.to_ne_bytes(), bell),
+        acked(id::SET_FEATURES, &OFFERED.to_ne_bytes()),
+        with(id::SET_MEM_TABLE, &table(1, &[memory.region]), &memory.fd),
+        acked(id::SET_VRING_NUM, &state(0, 256)),
+        acked(id::SET_VRING_BASE, &state(0, 3)),
+        acked(id::SET_VRING_ADDR, &memory.ring_addr(0)),
+        with(id::SET_VRING_KICK, &0u64.to_ne_bytes(), bell),
+        acked(id::SET_STATUS, &15u64.to_ne_bytes()),
+        acked(id::SET_VRING_ENABLE, &state(0, 1)),
+        plain(id::GET_VRING_BASE, &state(0, 0)),
+    ]
+}
+
+/// Reads until the other end has nothing more to say.
+pub fn read_all(raw: &mut Raw) -> Vec<u8> {
+    raw.stream.shutdown(Shutdown::Write).unwrap();
+    let mut replies = Vec::new();
+    raw.stream.read_to_end(&mut replies).expect("a clean end");
+    replies
 }
 
 /// Request ids.
