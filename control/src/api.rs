@@ -11,14 +11,16 @@ mod meta;
 mod os_vif;
 mod plugs;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::Router;
 use axum::routing::{get, post, put};
-use utoipa::OpenApi;
+use utoipa::openapi::{ContentBuilder, Ref, RefOr, Response, ResponseBuilder};
+use utoipa::{IntoResponses, OpenApi};
 
 use crate::daemon::Daemon;
-use crate::problem::{Kind, Problem};
+use crate::problem::{CONTENT_TYPE, Kind, Problem};
 
 pub use self::look::{FdbRow, PortDrops, PortKind, PortStats, RingStats, Worker};
 pub use self::meta::Info;
@@ -91,3 +93,36 @@ async fn method_not_allowed(request: axum::extract::Request) -> Problem {
     components(schemas(Problem, crate::events::Event))
 )]
 pub struct Document;
+
+/// Any status that a path does not describe may carry a problem.
+impl IntoResponses for Problem {
+    fn responses() -> BTreeMap<String, RefOr<Response>> {
+        let content = ContentBuilder::new().schema(Some(Ref::from_schema_name("Problem"))).build();
+        let response =
+            ResponseBuilder::new().description("What went wrong").content(CONTENT_TYPE, content).build();
+        BTreeMap::from([("default".into(), response.into())])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_api_changes_only_knowingly() {
+        insta::assert_snapshot!("openapi", crate::table::json(&Document::openapi()));
+    }
+
+    #[test]
+    fn every_answer_is_described() {
+        // OpenAPI 3.1, 4.8.17: the description of a response is required.
+        let document = serde_json::to_value(Document::openapi()).unwrap();
+        for (path, methods) in document["paths"].as_object().unwrap() {
+            for operation in methods.as_object().unwrap().values() {
+                for (status, response) in operation["responses"].as_object().unwrap() {
+                    assert!(response["description"].is_string(), "{path} {status}");
+                }
+            }
+        }
+    }
+}

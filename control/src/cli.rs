@@ -15,7 +15,7 @@ pub const API_DEFAULT: &str = "/run/vhostd/api.sock";
 
 /// A userspace vhost-user switch: network cards for virtual machines and containers.
 #[derive(Debug, Parser)]
-#[command(name = "vhostd", version, about, disable_help_subcommand = true, after_help = EXIT_CODES)]
+#[command(name = "vhostd", version, disable_help_subcommand = true, after_help = EXIT_CODES)]
 pub struct Cli {
     /// Socket of the daemon's API [default: /run/vhostd/api.sock]
     #[arg(long, env = "VHOSTD_API", global = true, value_name = "PATH", hide_env_values = true)]

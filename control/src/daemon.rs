@@ -129,10 +129,7 @@ async fn run(config: Config, log: LogControl) -> Result<(), ServeError> {
     let mut server = tokio::spawn(server);
     tracing::info!(api = %config.api.socket.display(), state = %config.state.dir.display(), "started");
 
-    daemon.plugs.restore().await;
-    daemon.health.set_restored();
-    notify(&[NotifyState::Ready, NotifyState::Status(&format!("{} plugs", daemon.plugs.count()))]);
-    let watchdog = tokio::spawn(health::feed_watchdog(daemon.clone()));
+    let watch = tokio::spawn(bring_back(daemon));
 
     let ended = tokio::select! {
         _ = terminate.recv() => Ok(()),
@@ -143,8 +140,18 @@ async fn run(config: Config, log: LogControl) -> Result<(), ServeError> {
     tracing::info!("stopping; plugs stay recorded");
     drop(socket);
     server.abort();
-    watchdog.abort();
+    watch.abort();
     Ok(ended?)
+}
+
+/// Brings the stored plugs back, says so, and watches over the workers from then on.
+async fn bring_back(daemon: Arc<Daemon>) {
+    daemon.plugs.restore().await;
+    daemon.health.set_restored();
+    let plugs = daemon.plugs.count();
+    notify(&[NotifyState::Ready, NotifyState::Status(&format!("{plugs} plugs"))]);
+    tracing::info!(plugs, "ready");
+    health::feed_watchdog(daemon).await;
 }
 
 fn dataplane_config(config: &DataplaneConfig, events: &Arc<Events>) -> dataplane::Config {

@@ -5,6 +5,9 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+/// Media type of a problem (RFC 9457, 3).
+pub const CONTENT_TYPE: &str = "application/problem+json";
+
 /// An error of the API, sent as `application/problem+json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Problem {
@@ -30,6 +33,7 @@ pub struct Problem {
 /// Sorts of errors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
+#[schema(as = ProblemKind)]
 pub enum Kind {
     /// The request is malformed or asks for the impossible.
     Invalid,
@@ -133,6 +137,6 @@ impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let status = StatusCode::from_u16(self.status).expect("every kind has a valid status");
         let body = serde_json::to_vec(&self).expect("a problem is plain JSON");
-        (status, [(header::CONTENT_TYPE, "application/problem+json")], body).into_response()
+        (status, [(header::CONTENT_TYPE, CONTENT_TYPE)], body).into_response()
     }
 }

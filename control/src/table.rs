@@ -96,7 +96,7 @@ fn details(plug: &Plug) -> String {
     add("mtu", spec.mtu.map(|mtu| mtu.to_string()));
     add("queues", spec.queues.map(|queues| queues.to_string()));
     for condition in &plug.status.conditions {
-        add("waiting for", Some(condition.message.clone()));
+        add("reason", Some(condition.message.clone()));
     }
     rows.iter().map(|(title, value)| format!("{title:<12} {value}\n")).collect()
 }
@@ -125,7 +125,7 @@ fn text(value: &Option<impl ToString>) -> String {
 }
 
 impl Row for Plug {
-    const TITLES: &'static str = "NAME  PHASE  NETWORK  SOCKET  TO | MAC  [MTU]  [QUEUES]  WAITING FOR";
+    const TITLES: &'static str = "NAME  PHASE  NETWORK  SOCKET  TO | MAC  [MTU]  [QUEUES]  REASON";
 
     fn cells(&self) -> Vec<String> {
         let or_dash = |cell: String| if cell.is_empty() { "-".into() } else { cell };

@@ -34,7 +34,7 @@ pub(super) struct EventParams {
 #[utoipa::path(get, path = "/v1/events", tag = "look",
     params(EventParams, ("Last-Event-ID" = Option<String>, Header, description = "Begin after this event")),
     responses((status = 200, description = "Server-sent events, each an Event in JSON; a resync carries all plugs",
-        content_type = "text/event-stream", body = String), (status = "default", body = Problem)))]
+        content_type = "text/event-stream", body = String), Problem))]
 pub(super) async fn events(
     State(daemon): Shared,
     headers: HeaderMap,

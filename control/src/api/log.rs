@@ -20,14 +20,14 @@ pub(super) struct Log {
 }
 
 /// What is logged.
-#[utoipa::path(get, path = "/v1/log", tag = "daemon", operation_id = "log", responses((status = 200, body = Log)))]
+#[utoipa::path(get, path = "/v1/log", tag = "daemon", operation_id = "log", responses((status = 200, description = "The filter in force", body = Log)))]
 pub(super) async fn show(State(daemon): Shared) -> Json<Log> {
     Json(Log { filter: daemon.log.filter() })
 }
 
 /// Change what is logged, until the daemon ends.
 #[utoipa::path(put, path = "/v1/log", tag = "daemon", operation_id = "change_log", request_body = Log,
-    responses((status = 200, body = Log), (status = "default", body = Problem)))]
+    responses((status = 200, description = "The filter in force", body = Log), Problem))]
 pub(super) async fn change(
     State(daemon): Shared,
     caller: Caller,

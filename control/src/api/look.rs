@@ -167,7 +167,7 @@ pub(super) struct StatsParams {
 
 /// Frames and bytes by port and ring.
 #[utoipa::path(get, path = "/v1/stats", tag = "look", params(StatsParams),
-    responses((status = 200, body = Vec<PortStats>), (status = "default", body = Problem)))]
+    responses((status = 200, description = "By port", body = Vec<PortStats>), Problem))]
 pub(super) async fn stats(
     State(daemon): Shared,
     Params(params): Params<StatsParams>,
@@ -179,7 +179,7 @@ pub(super) async fn stats(
 }
 
 /// Frames given up, by port and reason.
-#[utoipa::path(get, path = "/v1/drops", tag = "look", responses((status = 200, body = Vec<PortDrops>)))]
+#[utoipa::path(get, path = "/v1/drops", tag = "look", responses((status = 200, description = "By port and reason", body = Vec<PortDrops>)))]
 pub(super) async fn drops(State(daemon): Shared) -> Json<Vec<PortDrops>> {
     let of_port = |port: PortReport| {
         let plug = plug_of_port(&port.name).to_owned();
@@ -196,7 +196,7 @@ pub(super) async fn drops(State(daemon): Shared) -> Json<Vec<PortDrops>> {
 }
 
 /// Workers and what they poll.
-#[utoipa::path(get, path = "/v1/workers", tag = "look", responses((status = 200, body = Vec<Worker>)))]
+#[utoipa::path(get, path = "/v1/workers", tag = "look", responses((status = 200, description = "All workers", body = Vec<Worker>)))]
 pub(super) async fn workers(State(daemon): Shared) -> Json<Vec<Worker>> {
     let worker = |(index, report): (usize, dataplane::WorkerReport)| Worker {
         index,
@@ -212,7 +212,7 @@ pub(super) async fn workers(State(daemon): Shared) -> Json<Vec<Worker>> {
 }
 
 /// Learned addresses.
-#[utoipa::path(get, path = "/v1/fdb", tag = "look", responses((status = 200, body = Vec<FdbRow>)))]
+#[utoipa::path(get, path = "/v1/fdb", tag = "look", responses((status = 200, description = "All networks", body = Vec<FdbRow>)))]
 pub(super) async fn fdb(State(daemon): Shared) -> Json<Vec<FdbRow>> {
     let row = |entry: dataplane::FdbEntry| FdbRow {
         network: entry.network,
@@ -224,7 +224,7 @@ pub(super) async fn fdb(State(daemon): Shared) -> Json<Vec<FdbRow>> {
 }
 
 /// Networks and their ports.
-#[utoipa::path(get, path = "/v1/networks", tag = "look", responses((status = 200, body = Vec<Network>)))]
+#[utoipa::path(get, path = "/v1/networks", tag = "look", responses((status = 200, description = "All networks", body = Vec<Network>)))]
 pub(super) async fn networks(State(daemon): Shared) -> Json<Vec<Network>> {
     let mut networks = BTreeMap::<String, Network>::new();
     for report in daemon.dataplane.ports() {

@@ -36,14 +36,14 @@ pub struct Info {
 }
 
 /// What runs here.
-#[utoipa::path(get, path = "/v1/info", tag = "daemon", responses((status = 200, body = Info)))]
+#[utoipa::path(get, path = "/v1/info", tag = "daemon", responses((status = 200, description = "This daemon", body = Info)))]
 pub(super) async fn info(State(daemon): Shared) -> Json<Info> {
     Json(daemon.info.clone())
 }
 
 /// 200 while the daemon answers at all and its workers turn.
 #[utoipa::path(get, path = "/healthz", tag = "daemon",
-    responses((status = 200, body = String), (status = "default", body = Problem)))]
+    responses((status = 200, description = "It is", body = String), Problem))]
 pub(super) async fn healthz(State(daemon): Shared) -> Result<&'static str, Problem> {
     if daemon.health.workers_turn() {
         return Ok("ok\n");
@@ -53,7 +53,7 @@ pub(super) async fn healthz(State(daemon): Shared) -> Result<&'static str, Probl
 
 /// 200 when every stored plug has been brought back, or tried.
 #[utoipa::path(get, path = "/readyz", tag = "daemon",
-    responses((status = 200, body = String), (status = "default", body = Problem)))]
+    responses((status = 200, description = "It is", body = String), Problem))]
 pub(super) async fn readyz(State(daemon): Shared) -> Result<&'static str, Problem> {
     if daemon.health.restored() {
         return Ok("ok\n");
@@ -63,14 +63,14 @@ pub(super) async fn readyz(State(daemon): Shared) -> Result<&'static str, Proble
 
 /// Metrics in OpenMetrics text.
 #[utoipa::path(get, path = "/metrics", tag = "daemon",
-    responses((status = 200, content_type = "application/openmetrics-text", body = String)))]
+    responses((status = 200, description = "All metrics", content_type = "application/openmetrics-text", body = String)))]
 pub(super) async fn metrics(State(daemon): Shared) -> impl IntoResponse {
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     ([(header::CONTENT_TYPE, kind)], metrics::text(&daemon))
 }
 
 /// This document.
-#[utoipa::path(get, path = "/openapi.json", tag = "daemon", responses((status = 200, body = Object)))]
+#[utoipa::path(get, path = "/openapi.json", tag = "daemon", responses((status = 200, description = "OpenAPI 3.1", body = Object)))]
 pub(super) async fn openapi() -> impl IntoResponse {
     Json(super::Document::openapi())
 }

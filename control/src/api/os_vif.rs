@@ -32,7 +32,7 @@ pub(super) struct OsVifRequest {
 #[utoipa::path(post, path = "/v1/os-vif/plug", tag = "os-vif", operation_id = "os_vif_plug", params(PlugParams),
     request_body = OsVifRequest,
     responses((status = 200, description = "It was there, just so", body = Plug),
-        (status = 201, description = "It is new", body = Plug), (status = "default", body = Problem)))]
+        (status = 201, description = "It is new", body = Plug), Problem))]
 pub(super) async fn plug(
     State(daemon): Shared,
     caller: Caller,
@@ -46,7 +46,7 @@ pub(super) async fn plug(
 /// Unplug a VIF. What was recorded at plug decides what is undone, whatever the VIF says now.
 #[utoipa::path(post, path = "/v1/os-vif/unplug", tag = "os-vif", operation_id = "os_vif_unplug", params(UnplugParams),
     request_body = OsVifRequest,
-    responses((status = 200, body = Unplugged), (status = "default", body = Problem)))]
+    responses((status = 200, description = "It is gone", body = Unplugged), Problem))]
 pub(super) async fn unplug(
     State(daemon): Shared,
     caller: Caller,

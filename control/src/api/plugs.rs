@@ -34,14 +34,14 @@ pub struct Unplugged {
 }
 
 /// All plugs, by id.
-#[utoipa::path(get, path = "/v1/plugs", tag = "plugs", responses((status = 200, body = Vec<Plug>)))]
+#[utoipa::path(get, path = "/v1/plugs", tag = "plugs", responses((status = 200, description = "All plugs", body = Vec<Plug>)))]
 pub(super) async fn list(State(daemon): Shared) -> Json<Vec<Plug>> {
     Json(daemon.plugs.list())
 }
 
 /// One plug.
 #[utoipa::path(get, path = "/v1/plugs/{id}", tag = "plugs", params(("id" = Name, Path)),
-    responses((status = 200, body = Plug), (status = "default", body = Problem)))]
+    responses((status = 200, description = "The plug", body = Plug), Problem))]
 pub(super) async fn show(State(daemon): Shared, Id(id): Id) -> Result<Json<Plug>, Problem> {
     Ok(Json(daemon.plugs.show(&id)?))
 }
@@ -50,7 +50,7 @@ pub(super) async fn show(State(daemon): Shared, Id(id): Id) -> Result<Json<Plug>
 #[utoipa::path(put, path = "/v1/plugs/{id}", tag = "plugs", operation_id = "plug",
     params(("id" = Name, Path), PlugParams), request_body = PlugRequest,
     responses((status = 200, description = "It was there, just so", body = Plug),
-        (status = 201, description = "It is new", body = Plug), (status = "default", body = Problem)))]
+        (status = 201, description = "It is new", body = Plug), Problem))]
 pub(super) async fn plug(
     State(daemon): Shared,
     caller: Caller,
@@ -64,7 +64,7 @@ pub(super) async fn plug(
 /// Undo a plug. One that is not there is undone already.
 #[utoipa::path(delete, path = "/v1/plugs/{id}", tag = "plugs", operation_id = "unplug",
     params(("id" = Name, Path), UnplugParams),
-    responses((status = 200, body = Unplugged), (status = "default", body = Problem)))]
+    responses((status = 200, description = "It is gone", body = Unplugged), Problem))]
 pub(super) async fn unplug(
     State(daemon): Shared,
     caller: Caller,
@@ -139,6 +139,7 @@ impl From<PlugError> for Problem {
             PlugError::Taken { field, .. } => Self::new(Kind::Conflict, detail).field(field),
             PlugError::Full(_) => Self::new(Kind::Unavailable, detail),
             PlugError::Store(_) => Self::new(Kind::Internal, detail),
+            PlugError::Step { cause, .. } if cause.is_conflict() => Self::new(Kind::Conflict, detail),
             PlugError::Step { cause, .. } => match cause.whose() {
                 Whose::Vhostd => Self::new(Kind::Internal, detail),
                 Whose::Host | Whose::FrontEnd => Self::new(Kind::Precondition, detail),

@@ -52,6 +52,29 @@ impl StepError {
             Self::Dataplane(_) => Whose::Vhostd,
         }
     }
+
+    /// True if what the plug asks for belongs to somebody else.
+    pub fn is_conflict(&self) -> bool {
+        use hostnet::Error as Host;
+        use vhost_user::EndpointError as Socket;
+        match self {
+            Self::Host(error) => matches!(
+                error,
+                Host::Busy { .. }
+                    | Host::Foreign { .. }
+                    | Host::OtherPlug { .. }
+                    | Host::WrongKind { .. }
+                    | Host::Enslaved { .. }
+            ),
+            Self::Socket(error) => {
+                matches!(
+                    error,
+                    Socket::Foreign { .. } | Socket::NotOurs { .. } | Socket::InUse(_) | Socket::Raced(_)
+                )
+            }
+            Self::Directory { .. } | Self::Dataplane(_) => false,
+        }
+    }
 }
 
 impl From<dataplane::Error> for StepError {
