@@ -7,7 +7,7 @@ use crate::burst::ChainFault;
 use crate::memory::{GuestMemory, Window};
 use crate::setup::RingSetup;
 use crate::split::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, SplitRing};
-use crate::{RingError, features};
+use crate::{RingError, features, notify};
 
 /// Why a running ring was stopped: its content makes no sense as a whole, so going on could only do harm. The front
 /// end must set it up again.
@@ -82,7 +82,7 @@ impl DeviceRing {
             indirect: has(features::INDIRECT_DESC),
             setup,
         };
-        ring.split.want_no_kick(ring.event_idx);
+        notify::disarm(&ring.split.kicks(), ring.event_idx);
         Ok(ring)
     }
 
@@ -144,7 +144,7 @@ impl DeviceRing {
         let old = self.used;
         self.used = used;
         self.split.publish_used(used);
-        self.setup.call.is_some() && self.split.call_wanted(self.event_idx, old, used)
+        self.setup.call.is_some() && notify::wanted(&self.split.calls(), self.event_idx, old, used)
     }
 
     /// Whether memory of this front end went away: what was copied may be zeros put in place of it.
@@ -155,12 +155,11 @@ impl DeviceRing {
 
     /// Asks for a kick. False if frames came meanwhile: then no kick will come for them.
     pub(crate) fn arm(&mut self) -> bool {
-        self.split.want_kick(self.event_idx, self.next);
-        self.split.avail_idx() == self.next
+        notify::arm(&self.split.kicks(), self.event_idx, self.next)
     }
 
     pub(crate) fn disarm(&mut self) {
-        self.split.want_no_kick(self.event_idx);
+        notify::disarm(&self.split.kicks(), self.event_idx);
     }
 
     pub(crate) fn kick_fd(&self) -> Option<BorrowedFd<'_>> {

@@ -15,6 +15,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::memory::RegionSpec;
+use crate::notify;
 use crate::split::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, SplitRing, areas};
 
 /// Guest address of the first byte of a [`DriverMemory`]: not 0 and not our own address, so that a mix-up shows.
@@ -250,7 +251,7 @@ impl DriverRing {
             return false;
         }
         self.split.publish_avail(self.avail);
-        self.split.kick_wanted(self.event_idx, old, self.avail)
+        notify::wanted(&self.split.kicks(), self.event_idx, old, self.avail)
     }
 
     /// Takes the next chain that the device has used: (head, bytes written).
@@ -306,18 +307,18 @@ impl DriverRing {
 
     /// Whether the device wants a kick for what [`Self::recycle`] gave back, `count` chains.
     pub fn kick_wanted_after(&self, count: u16) -> bool {
-        self.split.kick_wanted(self.event_idx, self.avail.wrapping_sub(count), self.avail)
+        let old = self.avail.wrapping_sub(count);
+        notify::wanted(&self.split.kicks(), self.event_idx, old, self.avail)
     }
 
     /// Asks the device for a call on the next used chain. False if there is one already.
     pub fn want_call(&mut self) -> bool {
-        self.split.want_call(self.event_idx, self.used);
-        self.split.used_idx() == self.used
+        notify::arm(&self.split.calls(), self.event_idx, self.used)
     }
 
     /// Asks the device for no calls.
     pub fn want_no_call(&mut self) {
-        self.split.want_no_call(self.event_idx);
+        notify::disarm(&self.split.calls(), self.event_idx);
     }
 
     /// Available index as published.

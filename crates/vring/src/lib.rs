@@ -32,6 +32,7 @@ mod device;
 pub mod driver;
 pub mod features;
 mod memory;
+mod notify;
 mod rx;
 mod setup;
 mod split;

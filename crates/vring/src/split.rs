@@ -10,12 +10,14 @@
 //!
 //! The other side changes its words at any moment, so every word is read exactly once, by an atomic load, and only
 //! the value read is checked and used. Ordering: an index is loaded with acquire before the entries it publishes are
-//! read, and stored with release after them. Notification suppression needs a full fence on both sides, see `notify`.
+//! read, and stored with release after them. Notification suppression needs a full fence on both sides, see
+//! [`crate::notify`].
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
 
 use crate::memory::GuestMemory;
+use crate::notify::Words;
 use crate::setup::RingSetup;
 use crate::{RingError, SIZE_MAX};
 
@@ -25,11 +27,6 @@ pub const DESC_NEXT: u16 = 1;
 pub const DESC_WRITE: u16 = 2;
 /// Descriptor flag: the buffer contains a table of descriptors.
 pub const DESC_INDIRECT: u16 = 4;
-
-/// Used ring flag: the device wants no kicks (advisory; virtio 1.2, 2.7.10).
-const USED_NO_NOTIFY: u16 = 1;
-/// Available ring flag: the driver wants no calls.
-const AVAIL_NO_INTERRUPT: u16 = 1;
 
 /// One descriptor, copied out of shared memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -165,7 +162,7 @@ impl SplitRing {
     /// Available index, with acquire: the entries before it may be read.
     #[inline]
     pub(crate) fn avail_idx(&self) -> u16 {
-        u16::from_le(self.avail_word(1).load(Ordering::Acquire))
+        self.kicks().index()
     }
 
     /// Entry of the available ring: the head of a descriptor chain.
@@ -204,44 +201,12 @@ impl SplitRing {
     /// Stores the used index, with release: everything written before is visible to whoever sees it.
     #[inline]
     pub(crate) fn publish_used(&self, index: u16) {
-        self.used_word(1).store(index.to_le(), Ordering::Release);
+        self.calls().publish(index);
     }
 
     /// The device's own index as it stands in memory: only read when a ring starts.
     pub(crate) fn used_idx(&self) -> u16 {
-        u16::from_le(self.used_word(1).load(Ordering::Acquire))
-    }
-
-    /// Whether the driver wants to be called after the used index went from `old` to `new` (virtio 1.2, 2.7.7 and
-    /// 2.7.10). The fence orders our index store before the read of what the driver wishes; the driver has its own
-    /// between writing that and re-reading the index.
-    #[inline]
-    pub(crate) fn call_wanted(&self, event_idx: bool, old: u16, new: u16) -> bool {
-        fence(Ordering::SeqCst);
-        if event_idx {
-            let event = u16::from_le(self.avail_word(2 + usize::from(self.size)).load(Ordering::Relaxed));
-            passed(event, old, new)
-        } else {
-            u16::from_le(self.avail_word(0).load(Ordering::Relaxed)) & AVAIL_NO_INTERRUPT == 0
-        }
-    }
-
-    /// Asks for a kick when the available index goes beyond `next`; the caller looks at the index again afterwards.
-    pub(crate) fn want_kick(&self, event_idx: bool, next: u16) {
-        if event_idx {
-            self.used_word(2 + 4 * usize::from(self.size)).store(next.to_le(), Ordering::Relaxed);
-        } else {
-            self.used_word(0).store(0, Ordering::Relaxed);
-        }
-        // Pairs with the driver's fence between its index store and its read of the line above.
-        fence(Ordering::SeqCst);
-    }
-
-    /// Asks for no kicks. With EVENT_IDX the stale event index does that: it is passed once in 65536 frames.
-    pub(crate) fn want_no_kick(&self, event_idx: bool) {
-        if !event_idx {
-            self.used_word(0).store(USED_NO_NOTIFY.to_le(), Ordering::Relaxed);
-        }
+        self.calls().index()
     }
 
     // --- what the driver reads and writes ---
@@ -260,7 +225,7 @@ impl SplitRing {
 
     #[inline]
     pub(crate) fn publish_avail(&self, index: u16) {
-        self.avail_word(1).store(index.to_le(), Ordering::Release);
+        self.kicks().publish(index);
     }
 
     /// A used element: (head of the chain, bytes written).
@@ -273,38 +238,63 @@ impl SplitRing {
         (id, (element >> 32) as u32)
     }
 
-    /// Whether the device wants a kick after the available index went from `old` to `new`.
+    // --- by what the two tell each other ---
+
+    /// The driver tells the device.
     #[inline]
-    pub(crate) fn kick_wanted(&self, event_idx: bool, old: u16, new: u16) -> bool {
-        fence(Ordering::SeqCst);
-        if event_idx {
-            let event = u16::from_le(self.used_word(2 + 4 * usize::from(self.size)).load(Ordering::Relaxed));
-            passed(event, old, new)
-        } else {
-            u16::from_le(self.used_word(0).load(Ordering::Relaxed)) & USED_NO_NOTIFY == 0
-        }
+    pub(crate) fn kicks(&self) -> Direction<'_> {
+        let event = self.used_word(2 + 4 * usize::from(self.size));
+        Direction { index: self.avail_word(1), flags: self.used_word(0), event }
     }
 
-    /// Asks for a call when the used index goes beyond `next`; look at the index again afterwards.
-    pub(crate) fn want_call(&self, event_idx: bool, next: u16) {
-        if event_idx {
-            self.avail_word(2 + usize::from(self.size)).store(next.to_le(), Ordering::Relaxed);
-        } else {
-            self.avail_word(0).store(0, Ordering::Relaxed);
-        }
-        fence(Ordering::SeqCst);
-    }
-
-    /// Asks for no calls.
-    pub(crate) fn want_no_call(&self, event_idx: bool) {
-        if !event_idx {
-            self.avail_word(0).store(AVAIL_NO_INTERRUPT.to_le(), Ordering::Relaxed);
-        }
+    /// The device tells the driver.
+    #[inline]
+    pub(crate) fn calls(&self) -> Direction<'_> {
+        let event = self.avail_word(2 + usize::from(self.size));
+        Direction { index: self.used_word(1), flags: self.avail_word(0), event }
     }
 }
 
-/// Whether an index that went from `old` to `new` passed `event` (virtio 1.2, 2.7.7.2): notify exactly then.
-#[inline]
-pub(crate) fn passed(event: u16, old: u16, new: u16) -> bool {
-    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+/// The words of one direction, little-endian in memory (virtio 1.2, 2.7.6 and 2.7.8).
+pub(crate) struct Direction<'a> {
+    index: &'a AtomicU16,
+    flags: &'a AtomicU16,
+    event: &'a AtomicU16,
+}
+
+impl Words for Direction<'_> {
+    #[inline]
+    fn index(&self) -> u16 {
+        u16::from_le(self.index.load(Ordering::Acquire))
+    }
+
+    #[inline]
+    fn publish(&self, index: u16) {
+        self.index.store(index.to_le(), Ordering::Release);
+    }
+
+    #[inline]
+    fn flags(&self) -> u16 {
+        u16::from_le(self.flags.load(Ordering::Relaxed))
+    }
+
+    #[inline]
+    fn set_flags(&self, flags: u16) {
+        self.flags.store(flags.to_le(), Ordering::Relaxed);
+    }
+
+    #[inline]
+    fn event(&self) -> u16 {
+        u16::from_le(self.event.load(Ordering::Relaxed))
+    }
+
+    #[inline]
+    fn set_event(&self, index: u16) {
+        self.event.store(index.to_le(), Ordering::Relaxed);
+    }
+
+    #[inline]
+    fn fence(&self) {
+        fence(Ordering::SeqCst);
+    }
 }

@@ -24,6 +24,10 @@ pub struct ChainPlan {
 pub enum Mutation {
     /// In a descriptor, of the ring or of a table: field and value.
     Descriptor { slot: usize, field: u8, value: u64 },
+    /// In a descriptor: it ends so far behind the end of a region, or before.
+    Edge { slot: usize, region: usize, by: i64 },
+    /// In a descriptor: it refers to a table of so many entries more than the ring has, or less.
+    Table { slot: usize, by: i64 },
     /// An available entry.
     Entry { step: u16, head: u16 },
     /// The available index, any.
@@ -64,9 +68,9 @@ pub fn chain() -> impl Strategy<Value = ChainPlan> {
 
 pub fn ring() -> impl Strategy<Value = RingPlan> {
     let base = prop_oneof![Just(0), any::<u16>(), 0xff80..=0xffffu16];
-    let bits = [features::MRG_RXBUF, features::VERSION_1, features::EVENT_IDX];
-    let features = prop::sample::subsequence(bits.to_vec(), 0..=3)
-        .prop_map(|bits| bits.into_iter().fold(1 << features::INDIRECT_DESC, |all, bit| all | 1u64 << bit));
+    let bits = [features::INDIRECT_DESC, features::MRG_RXBUF, features::VERSION_1, features::EVENT_IDX];
+    let features = prop::sample::subsequence(bits.to_vec(), 0..=4)
+        .prop_map(|bits| bits.into_iter().fold(0, |all, bit| all | 1u64 << bit));
     let cut = (prop_oneof![1..64usize, 64..0x2_0000usize], prop_oneof![Just(0), Just(1), Just(0x1000u64)]);
     let rounds = prop::collection::vec(prop::collection::vec(chain(), 0..80), 1..4);
     (
@@ -101,6 +105,9 @@ pub fn mutation() -> impl Strategy<Value = Mutation> {
     prop_oneof![
         20 => (0..80usize, 0..5u8, value)
             .prop_map(|(slot, field, value)| Mutation::Descriptor { slot, field, value }),
+        3 => (0..80usize, 0..8usize, -1..2i64)
+            .prop_map(|(slot, region, by)| Mutation::Edge { slot, region, by }),
+        1 => (0..80usize, -1..2i64).prop_map(|(slot, by)| Mutation::Table { slot, by }),
         1 => (0..80u16, any::<u16>()).prop_map(|(step, head)| Mutation::Entry { step, head }),
         2 => (0..80u16, 0..16u16).prop_map(|(step, head)| Mutation::Entry { step, head }),
         1 => any::<u16>().prop_map(Mutation::Index),
@@ -143,7 +150,8 @@ impl Writer {
 
     /// Offers a chain; false if descriptors or memory are used up.
     pub fn offer(&mut self, model: &mut Model, plan: &ChainPlan, writable: bool) -> bool {
-        let direct = plan.table_after.unwrap_or(plan.lens.len());
+        let table_after = plan.table_after.filter(|_| model.has(features::INDIRECT_DESC));
+        let direct = table_after.unwrap_or(plan.lens.len());
         let in_table = plan.lens.len() - direct;
         let bytes: usize = plan.lens.iter().map(|len| *len as usize).sum();
         if direct + 1 > self.free.len()
@@ -227,7 +235,21 @@ impl Writer {
                 }
                 model.put_descriptor(at, d);
             }
-            Mutation::Descriptor { .. } => {}
+            Mutation::Edge { slot, region, by } if !self.slots.is_empty() => {
+                let at = self.slots[slot % self.slots.len()];
+                let region = model.regions[region % model.regions.len()];
+                let mut d = model.descriptor(at);
+                d.addr = (region.guest + region.len as u64 - u64::from(d.len)).wrapping_add_signed(by);
+                model.put_descriptor(at, d);
+            }
+            Mutation::Table { slot, by } if !self.slots.is_empty() => {
+                let at = self.slots[slot % self.slots.len()];
+                let mut d = model.descriptor(at);
+                d.flags = DESC_INDIRECT;
+                d.len = u32::try_from(16 * (i64::from(model.size) + by)).unwrap_or(0);
+                model.put_descriptor(at, d);
+            }
+            Mutation::Descriptor { .. } | Mutation::Edge { .. } | Mutation::Table { .. } => {}
             Mutation::Entry { step, head } => {
                 let offered = self.avail.wrapping_sub(model.next);
                 if offered != 0 {
