@@ -15,8 +15,8 @@ here=$(dirname "$(realpath "$0")")
 mkdir -p "$1"
 cd "$1"
 
-# Programs that busybox does not have, or not in full.
-programs=(bridge ethtool flock ip iperf3)
+# Programs that busybox does not have, or not in full. Its shell prefers what it has itself, so the shell is another one too.
+programs=(bridge dash ethtool flock ip iperf3)
 # What libraries load at run time, unseen by ldd: pthread_exit() needs this one.
 libraries=(/lib/x86_64-linux-gnu/libgcc_s.so.1)
 # Modules the guest may load; what they need comes along.
@@ -25,6 +25,7 @@ modules=(
     8021q bonding bridge dummy ifb macvlan macvtap openvswitch team tun veth vhost_net vxlan geneve
     act_mirred cls_matchall cls_flower sch_fq sch_ingress sch_netem pktgen tcp_bbr
     igb igbvf vfio-pci
+    crc32c_generic
 )
 
 fetch_kernel() {
@@ -48,7 +49,7 @@ unpack_kernel() {
     depmod -b "$unpacked" "$release"
     rm -rf modules && mkdir -p "modules/lib/modules/$release"
     for module in "${modules[@]}"; do
-        modprobe -d "$unpacked" -S "$release" --show-depends "$module"
+        modprobe -C /dev/null -d "$unpacked" -S "$release" --show-depends "$module"
     done | sed -n "s|^insmod .*/lib/modules/\([^ ]*\) *\$|\1|p" | sort -u | while read -r file; do
         install -D -m 644 "$unpacked/lib/modules/$file" "modules/lib/modules/$file"
     done
@@ -72,10 +73,13 @@ build_initramfs() {
     mkdir -p "$root"/{bin,dev,proc,run,sys,tmp,usr/bin,etc}
     cp "$here/init" "$root/init"
     cp -r modules/lib "$root"
+    # The kernel loads what it misses through /sbin/modprobe.
+    ln -s bin "$root/sbin"
     cp "$(command -v busybox)" "$root/bin/busybox"
     for program in $(busybox --list | grep -vx busybox); do
         ln -s busybox "$root/bin/$program"
     done
+    ln -sf /usr/bin/dash "$root/bin/sh"
     for program in "${programs[@]}"; do
         program=$(command -v "$program")
         cp -L "$program" "$root/usr/bin"

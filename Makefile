@@ -1,0 +1,38 @@
+# Each target gets the machine ready for itself (tests/setup.sh): a bare Debian 12 with Rust will do.
+#
+#   demo    two QEMU guests and the host on one network, ten minutes from a fresh clone
+#   test    all tests
+#   soak    the end-to-end tests with the full counts where `test` runs a part of them
+#   bench   criterion benches, then the same traffic through vhostd and DPDK
+#   lint    format, clippy and docs, warnings are errors
+#
+# test and lint build the dev profile, demo, soak and bench the release profile, each once.
+
+export CARGO_TARGET_DIR ?= $(CURDIR)/target
+
+.PHONY: demo test soak bench lint
+
+demo:
+	tests/demo.sh
+
+# All targets in one build, so that the features of dependencies are the same for the daemon and for the tests.
+test:
+	tests/setup.sh build guest dpdk
+	cargo build --workspace --bins --tests
+	cargo test --workspace
+
+soak:
+	tests/setup.sh build guest dpdk
+	cargo build --release --workspace --bins --tests
+	VHOSTD_SOAK=1 cargo test --release -p e2e
+
+bench:
+	tests/setup.sh build dpdk
+	cargo bench --workspace --benches
+	cargo run --release -p benches --bin peers
+
+lint:
+	tests/setup.sh build lint
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
