@@ -3,7 +3,7 @@
 //! Closing a foreign descriptor can block: a TCP socket with SO_LINGER waits for its own peer, a FUSE file for its server,
 //! and the last descriptor of a large memory file for the freeing of its pages. So the session thread never closes
 //! one. [`Received`] puts it into the session's [`Grave`] instead, which a short-lived thread empties
-//! (see [`crate::burial`]). The exception are proven eventfds, whose closing is nothing.
+//! (`burial`). The exception are proven eventfds, whose closing is nothing.
 
 use std::cell::RefCell;
 use std::fmt;

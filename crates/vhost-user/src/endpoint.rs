@@ -462,7 +462,7 @@ impl Live {
         }
     }
 
-    /// Ends the connection because the endpoint goes; afterwards only the burial is left to wait for.
+    /// Ends the connection because the endpoint goes; afterwards only the unmapping is left to wait for.
     pub(crate) fn leave(&mut self, now: Instant, limits: &Limits) {
         self.close(&Goodbye::Removed, now, limits);
         if let Source::Listener { socket, paused_until, .. } = &mut self.source {
@@ -475,7 +475,7 @@ impl Live {
     /// The end of the session thread: nobody is left to wait for.
     pub(crate) fn shut_down(mut self, now: Instant, limits: &Limits) {
         self.close(&Goodbye::Removed, now, limits);
-        self.burial.start(|| ());
+        self.burial.start(true, |_| ());
     }
 
     /// What brought front ends in, to be dropped by whoever may touch the file system.

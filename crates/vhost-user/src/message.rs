@@ -1,7 +1,7 @@
 //! The codec: bytes and descriptors in, typed [`Request`]s out; replies back into bytes. No input or output of its own.
 //!
 //! A message is a header of three native-endian words (request, flags, size), `size` bytes of payload, and descriptors
-//! that travel with the header. What a message must look like is one row of the table in [`rule`]: how long its payload
+//! that travel with the header. What a message must look like is one row of the table in `rule`: how long its payload
 //! may be, how many descriptors it brings, whether it has an answer of its own, and which protocol feature it needs. An id
 //! without a row is not supported, and nothing else has to know.
 //!

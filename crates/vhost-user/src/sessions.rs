@@ -12,22 +12,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use epoll::Events;
 use inotify::{EventMask, Inotify, WatchMask};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::burial::Stage;
 use crate::device::Device;
 use crate::endpoint::{Dialler, Endpoint, Live, Role, Source};
 use crate::limits::Limits;
 use crate::poll::Poll;
 use crate::socket::{self, EndpointError};
 use crate::status::SessionStatus;
-
-/// How long [`Sessions::remove`] waits for a front end's memory to be unmapped. Only descriptors that cannot be closed
-/// take longer, and those hold nothing of ours.
-const BURIAL_PATIENCE: Duration = Duration::from_secs(10);
 
 /// An endpoint, for as long as the process lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -87,7 +84,7 @@ impl Sessions {
         let (reply, answer) = mpsc::channel();
         if self.commands.send(Command::Remove(id, reply)).is_ok() {
             // The socket file is removed here, by dropping what comes back, not in the loop.
-            drop(answer.recv_timeout(BURIAL_PATIENCE));
+            drop(answer.recv());
         }
     }
 
@@ -129,8 +126,8 @@ enum Command {
     Remove(EndpointId, Sender<Source>),
     Status(EndpointId, Sender<SessionStatus>),
     ConfigChanged(EndpointId),
-    /// A burial has ended.
-    Buried(EndpointId),
+    /// A burial has come this far.
+    Burial(EndpointId, Stage),
     Stop,
 }
 
@@ -172,7 +169,7 @@ struct Entry {
     live: Live,
     /// The deadline that is set for it.
     deadline: Option<Instant>,
-    /// It is to go as soon as its burial is over.
+    /// It is to go as soon as its memory is unmapped.
     leaving: Option<Sender<Source>>,
 }
 
@@ -271,7 +268,7 @@ impl Loop {
                     }
                 }
                 Command::ConfigChanged(id) => self.with(id, |live, _| live.config_changed(now)),
-                Command::Buried(id) => self.with(id, |live, _| live.burial.finished()),
+                Command::Burial(id, stage) => self.with(id, |live, _| live.burial.reached(stage)),
                 Command::Stop => return false,
             }
         }
@@ -283,7 +280,8 @@ impl Loop {
         let Some(entry) = self.endpoints.get_mut(&id) else { return };
         work(&mut entry.live, &self.limits);
         let commands = self.commands.clone();
-        entry.live.burial.start(move || drop(commands.send(Command::Buried(id))));
+        let tell = move |stage| drop(commands.send(Command::Burial(id, stage)));
+        entry.live.burial.start(entry.leaving.is_some(), tell);
         entry.live.watch();
 
         let deadline = entry.live.deadline(&self.limits).filter(|_| entry.leaving.is_none());
@@ -297,7 +295,7 @@ impl Loop {
             entry.deadline = deadline;
         }
         if entry.leaving.is_some() {
-            if entry.live.burial.is_done() {
+            if entry.live.burial.is_unmapped() {
                 self.bid_farewell(id);
             }
         } else if entry.live.take_changed() {
@@ -305,7 +303,7 @@ impl Loop {
         }
     }
 
-    /// Forgets an endpoint that has nothing left to let go of.
+    /// Forgets an endpoint that holds nothing of its front end's any more but descriptors on their way.
     fn bid_farewell(&mut self, id: EndpointId) {
         let Some(entry) = self.endpoints.remove(&id) else { return };
         if let Some(watch) = entry.live.directory_watch()

@@ -272,6 +272,33 @@ fn descriptor_whose_close_blocks_stops_its_own_port_only() {
 }
 
 #[test]
+fn endpoint_with_a_descriptor_whose_close_blocks_can_be_removed() {
+    let bench = Bench::new();
+    let path = bench.path.with_file_name("poisoned");
+    let memory = Memory::new(0);
+    let mut cures = Vec::new();
+    // The second time the path is free again, though nothing of the first is closed yet.
+    for _ in 0..2 {
+        let id = listen(&bench.sessions, &path).unwrap();
+        let mut raw = Raw::connect(&path);
+        raw.number(id::SET_PROTOCOL_FEATURES, REPLY_ACK);
+        let (poison, cure) = lingering();
+        let kick = message(id::SET_VRING_KICK, NEED_REPLY, &[0; 8]);
+        raw.send_bytes(&kick[..12], &[poison.as_fd()]);
+        drop(poison);
+        raw.send_bytes(&kick[12..], &[]);
+        assert_eq!(raw.reply(id::SET_VRING_KICK), NACK);
+        memory.give(&mut raw);
+        bench.sessions.remove(id);
+        assert_eq!(Holdings::now().mappings, 0);
+        assert!(!path.exists());
+        cures.push(cure);
+    }
+    drop((cures, memory));
+    bench.check_recovered();
+}
+
+#[test]
 fn descriptors_in_unread_messages_block_nobody_either() {
     let bench = Bench::new();
     let kick = message(id::SET_VRING_KICK, PLAIN, &[0; 8]);
