@@ -28,7 +28,7 @@ soak:
 
 bench:
 	tests/setup.sh build dpdk
-	cargo bench --workspace --benches
+	cargo bench -p benches
 	cargo run --release -p benches --bin peers
 
 lint:

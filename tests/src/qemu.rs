@@ -36,7 +36,7 @@ const IMAGE_DIR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/guest");
 /// QEMU's side of a vhost-user socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// QEMU connects, and connects again when the back end goes. It does not start without a back end.
+    /// QEMU connects, and connects again when the back end goes. It does not start its guest before it has connected.
     Client,
     /// QEMU listens. It does not start its guest, nor answer QMP, before a back end has come.
     Server,
