@@ -2,10 +2,10 @@
 
 use std::io::stderr;
 
+use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::reload;
 use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::{EnvFilter, Registry, fmt};
+use tracing_subscriber::{Registry, fmt, reload};
 
 use crate::config::{LogConfig, LogFormat};
 
@@ -18,7 +18,7 @@ pub struct FilterError {
 }
 
 /// A hold on what is logged.
-pub struct LogControl(reload::Handle<EnvFilter, Registry>);
+pub struct LogControl(reload::Handle<Targets, Registry>);
 
 /// Starts logging.
 pub fn start(config: &LogConfig) -> Result<LogControl, FilterError> {
@@ -45,10 +45,10 @@ impl LogControl {
     }
 }
 
-fn parse(filter: &str) -> Result<EnvFilter, FilterError> {
+fn parse(filter: &str) -> Result<Targets, FilterError> {
     let bad = |cause: String| FilterError { filter: filter.chars().take(128).collect(), cause };
     if filter.trim().is_empty() {
         return Err(bad("it is empty; off turns logging off".into()));
     }
-    EnvFilter::builder().parse(filter).map_err(|e| bad(e.to_string()))
+    filter.parse().map_err(|e: tracing_subscriber::filter::ParseError| bad(e.to_string()))
 }
