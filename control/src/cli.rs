@@ -88,6 +88,8 @@ pub enum Command {
         #[arg(long, value_name = "ID")]
         since: Option<String>,
     },
+    /// Two built-in front ends talk through a daemon of their own: ten seconds, no QEMU, no root
+    Demo,
     /// Send a request to the API and print the answer
     Api(ApiArgs),
     /// Print a completion script

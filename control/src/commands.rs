@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use crate::api::{FdbRow, PortDrops, PortStats, Unplugged, Worker};
 use crate::cli::{self, ApiArgs, Cli, Command, Format, PlugArgs, UnplugArgs};
 use crate::client::{Client, ClientError};
+use crate::demo::{self, DemoError};
 use crate::document::{self, Document};
 use crate::events::{Event, EventKind};
 use crate::names::Name;
@@ -27,6 +28,9 @@ pub enum CommandError {
     /// A document or argument.
     #[error("{0}")]
     Input(#[from] Problem),
+    /// The demo.
+    #[error("demo: {0}")]
+    Demo(#[from] DemoError),
     /// Standard output.
     #[error("cannot write to standard output: {0}")]
     Output(#[from] io::Error),
@@ -37,6 +41,7 @@ impl CommandError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Client(error) => error.exit_code(),
+            Self::Demo(_) => 1,
             Self::Input(problem) => problem.kind.exit_code(),
             // Whoever read our output has seen enough.
             Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => 0,
@@ -64,6 +69,7 @@ pub async fn run(cli: Cli) -> Result<(), CommandError> {
         Command::Events { since } => session.events(since.as_deref()).await,
         Command::Api(args) => session.api(&args).await,
         Command::Vif { file } => vif(&file, cli.output),
+        Command::Demo => print(&demo::run(cli.output).await?),
         Command::Completion { .. } | Command::Man | Command::Serve(_) => {
             unreachable!("main runs these without a daemon")
         }

@@ -7,6 +7,7 @@
 //! - [`spec`] and [`names`] what a plug is asked to be, checked; [`status`] how far it has come
 //! - [`plug`] makes it so: records it in [`store`], the host's network, the dataplane's ports
 //! - [`events`], [`metrics`], [`table`] tell about it
+//! - [`demo`] shows it
 //! - [`daemon`] starts all this from its [`config`] and watches over it
 #![forbid(unsafe_code)]
 #![allow(unreachable_pub, reason = "a binary has no outside: `pub` marks what a module offers to the others")]
@@ -17,6 +18,7 @@ mod client;
 mod commands;
 mod config;
 mod daemon;
+mod demo;
 mod document;
 mod events;
 mod json;
