@@ -1,6 +1,6 @@
 //! The command line's end of the API: HTTP/1.1 over the daemon's UNIX socket.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -122,7 +122,7 @@ impl Client {
     }
 
     async fn send(&self, method: Method, path: &str, body: Bytes) -> Result<Response<Incoming>, ClientError> {
-        let stream = connect(&self.path).await;
+        let stream = UnixStream::connect(&self.path).await;
         let stream = stream.map_err(|cause| ClientError::Unreachable { path: self.path.clone(), cause })?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| self.broken(&e))?;
@@ -150,8 +150,4 @@ impl Client {
             }
         }
     }
-}
-
-async fn connect(path: &Path) -> std::io::Result<UnixStream> {
-    UnixStream::connect(path).await
 }

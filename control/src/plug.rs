@@ -6,6 +6,8 @@
 //! start   for each record: the same steps, tried until they succeed
 //! ```
 //!
+//! An unplug that fails half-way keeps its record, and is finished by the next request for that name or the next start.
+//!
 //! What one plug does is serialised by its turn; different plugs do not wait for one another. Whether a plug may be at
 //! all (a name, socket, TAP or uplink that is taken) is decided in one short critical section over the table of plugs,
 //! before anything is done. An admitted request runs to its end even if whoever asked goes away.

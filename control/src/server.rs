@@ -23,7 +23,7 @@ use tokio::net::{UnixListener, UnixStream};
 
 use self::deadline::{Deadlines, Patient};
 pub use self::publish::{PublishError, PublishedSocket, group_id};
-use crate::problem::{Kind, Problem};
+use crate::problem::{CONTENT_TYPE, Kind, Problem};
 
 /// Connections at once.
 const CONNECTIONS_MAX: usize = 64;
@@ -119,8 +119,8 @@ async fn converse(stream: UnixStream, caller: Caller, router: Router) {
 /// Answers once without reading anything. What the socket's buffer does not take at once is lost: nobody waits here.
 fn refuse(stream: &UnixStream, problem: &Problem) {
     let body = serde_json::to_string(problem).expect("a problem is plain JSON");
-    let head =
-        "HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-type: application/problem+json";
+    let Problem { status, title, .. } = problem;
+    let head = format!("HTTP/1.1 {status} {title}\r\nconnection: close\r\ncontent-type: {CONTENT_TYPE}");
     let _ = stream.try_write(format!("{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len()).as_bytes());
 }
 

@@ -139,6 +139,33 @@ fn documents_are_plugged_and_unplugged() {
 }
 
 #[test]
+fn events_are_printed_as_they_happen() {
+    use std::io::BufRead;
+
+    let place = Place::default();
+    let _daemon = place.serve();
+    let socket = place.path("vm1.sock").to_str().unwrap().to_owned();
+    place.vhostd(&["plug", "vm1", "--listen", &socket]).ok();
+    let (since, all) =
+        (place.http("GET", "/v1/info", "").json()["epoch"].to_string() + "-0", ["events", "--since"]);
+    let lines = |format: &str, count: usize| {
+        let mut child = place.spawn_vhostd(&[&all[..], &[&since, "-o", format]].concat());
+        let output = std::io::BufReader::new(child.stdout.take().unwrap());
+        let lines: Vec<String> = output.lines().take(count).map(Result::unwrap).collect();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        lines
+    };
+    place.vhostd(&["unplug", "vm1"]).ok();
+    let table = lines("table", 2);
+    let words = |line: &str| line.split_whitespace().skip(1).map(str::to_owned).collect::<Vec<_>>();
+    assert_eq!([words(&table[0]), words(&table[1])], [["plugged", "vm1"], ["unplugged", "vm1"]]);
+    let event: serde_json::Value = serde_json::from_str(&lines("json", 1)[0]).unwrap();
+    assert_eq!((&event["kind"], &event["plug"]), (&json!("plugged"), &json!("vm1")));
+    assert_eq!(lines("name", 1), [since.replace("-0", "-1")]);
+}
+
+#[test]
 fn os_vif_objects_are_printed_as_understood() {
     let place = Place::default();
     let vif = json!({

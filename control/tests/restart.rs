@@ -125,3 +125,22 @@ fn a_bad_configuration_is_refused() {
     assert_eq!(daemon.wait(), 2);
     assert!(daemon.log().contains("is not a mode"), "{}", daemon.log());
 }
+
+#[test]
+fn a_service_manager_is_told_and_fed() {
+    let place = Place::default();
+    let notify = std::os::unix::net::UnixDatagram::bind(place.path("notify")).unwrap();
+    notify.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
+    let next = || {
+        let mut message = [0; 4096];
+        let length = notify.recv(&mut message).unwrap();
+        String::from_utf8(message[..length].to_vec()).unwrap()
+    };
+    let mut daemon = place.spawn_as_service(std::time::Duration::from_millis(100));
+    assert_eq!(next(), "READY=1\nSTATUS=0 plugs\n");
+    assert_eq!(next(), "WATCHDOG=1\n");
+    assert_eq!(next(), "WATCHDOG=1\n");
+    daemon.terminate();
+    let mut rest = std::iter::repeat_with(next);
+    assert!(rest.any(|message| message == "STOPPING=1\n"));
+}

@@ -63,6 +63,13 @@ impl Place {
         daemon
     }
 
+    /// Starts a daemon as systemd does: it notifies the socket `notify`, and has a watchdog to feed.
+    pub fn spawn_as_service(&self, watchdog: Duration) -> Daemon {
+        let notify = format!("NOTIFY_SOCKET={}", self.path("notify").display());
+        let watchdog = format!("WATCHDOG_USEC={}", watchdog.as_micros());
+        self.spawn_by(&["env", &notify, &watchdog, "unshare", "--net"], "--map-root-user", &[])
+    }
+
     fn spawn_by(&self, wrapper: &[&str], for_ordinary_users: &str, args: &[&str]) -> Daemon {
         let log = self.path("log");
         let output = std::fs::File::options().create(true).append(true).open(&log).unwrap();
@@ -100,6 +107,13 @@ impl Place {
         // It may end without reading everything.
         let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
         Answer::new(&child.wait_with_output().unwrap(), self.dir.path())
+    }
+
+    /// Starts a command that goes on; its output is piped.
+    pub fn spawn_vhostd(&self, args: &[&str]) -> Child {
+        let mut command = Command::new(VHOSTD);
+        command.arg("--api").arg(self.api()).args(args).stdin(Stdio::null()).stdout(Stdio::piped());
+        command.spawn().unwrap()
     }
 
     /// One HTTP request on a connection of its own.
