@@ -142,6 +142,8 @@ impl Frames {
         let head = &mut self.heads[slot(self.count)].0;
         let private = frame.len().min(HEAD_LEN - HEADER_LEN);
         head[..HEADER_LEN].copy_from_slice(header);
+        // As for a guest's frames: a TAP leaves num_buffers at 0.
+        head[10..HEADER_LEN].copy_from_slice(&1u16.to_le_bytes());
         head[HEADER_LEN..HEADER_LEN + private].copy_from_slice(&frame[..private]);
         // As if the header stood before the frame: what follows the head is found by adding to the first byte.
         let at = frame.as_ptr().wrapping_sub(HEADER_LEN);
