@@ -3,7 +3,7 @@
 #   demo    two QEMU guests and the host on one network, ten minutes from a fresh clone
 #   test    all tests
 #   soak    the end-to-end tests with the full counts where `test` runs a part of them
-#   bench   criterion benches, then the same traffic through vhostd and DPDK
+#   bench   criterion benches, start-up and memory, then the same traffic through vhostd and DPDK
 #   lint    format, clippy and docs, warnings are errors
 #
 # test and lint build the dev profile, demo, soak and bench the release profile, each once.
@@ -29,7 +29,9 @@ soak:
 bench:
 	tests/setup.sh build dpdk
 	cargo bench -p benches
-	cargo run --release -p benches --bin peers
+	cargo build --release -p vhostd -p benches
+	$(CARGO_TARGET_DIR)/release/footprint
+	$(CARGO_TARGET_DIR)/release/peers
 
 lint:
 	tests/setup.sh build lint
