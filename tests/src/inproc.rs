@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use dataplane::{
@@ -27,6 +27,21 @@ pub const FDB_MAX: u32 = 256;
 /// `part`, or `whole` when the environment has `VHOSTD_SOAK` (`make soak`).
 pub fn count(part: u64, whole: u64) -> u64 {
     if std::env::var_os("VHOSTD_SOAK").is_some() { whole } else { part }
+}
+
+/// Between two looks of [`until`].
+const LOOK: Duration = Duration::from_micros(100);
+
+/// Waits until `condition` holds, as [`wait_for`] does, but looks often: what workers do takes microseconds.
+pub fn until(what: &str, mut condition: impl FnMut() -> bool) -> Result<()> {
+    let began = Instant::now();
+    while began.elapsed() < SOON {
+        if condition() {
+            return Ok(());
+        }
+        std::thread::sleep(LOOK);
+    }
+    wait_for(what, Duration::ZERO, condition)
 }
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -138,7 +153,7 @@ impl Plane {
     /// Waits until the counters of a port are these, drops in any order.
     pub fn expect_counters(&self, id: PortId, wanted: &Ledger) -> Result<()> {
         let mut have = Ledger::default();
-        let waited = wait_for("the counters", SOON, || {
+        let waited = until("the counters", || {
             self.counters(id).is_ok_and(|counters| {
                 have = Ledger::from(&counters);
                 have == *wanted

@@ -6,10 +6,12 @@
 
 pub mod canary;
 pub mod deadline;
+pub mod hand;
 pub mod inproc;
 pub mod netns;
 pub mod oracle;
 pub mod peer;
 pub mod process;
 pub mod qemu;
+pub mod stage;
 pub mod testpmd;

@@ -1,0 +1,219 @@
+//! A guest that drives its rings by hand: descriptors, indices and memory as it likes, lawful or not.
+//!
+//! ```text
+//! memory   ring 0 | ring 1 | ring 2 | ring 3 | ...   to BUFFERS: free for frames, tables and mischief
+//! ```
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Result, ensure};
+use vhost_user::{Bells, FrontEnd, FrontEndError, RingPlace};
+use vring::driver::{DriverMemory, DriverRing, GUEST_BASE};
+use vring::{Descriptor, HEADER_LEN, features};
+
+use crate::inproc::until;
+use crate::peer::{MODERN, PROTOCOL};
+
+/// Where frames and tables lie: behind four rings of the largest size.
+pub const BUFFERS: usize = 8 << 20;
+/// Bytes of memory in all.
+pub const MEMORY: usize = 16 << 20;
+
+/// What a hand-driven guest looks like.
+#[derive(Clone, Debug)]
+pub struct HandConfig {
+    /// Queue pairs.
+    pub queue_pairs: u16,
+    /// Descriptors of each ring.
+    pub size: u16,
+    /// Features to acknowledge if offered (PROTOCOL_FEATURES is added).
+    pub features: u64,
+    /// Parts of the memory that are regions: offset and length. What is in none is a hole.
+    pub regions: Vec<(usize, usize)>,
+    /// The file can be truncated.
+    pub unsealed: bool,
+}
+
+impl Default for HandConfig {
+    fn default() -> Self {
+        let regions = vec![(0, MEMORY)];
+        Self { queue_pairs: 1, size: 64, features: MODERN, regions, unsealed: false }
+    }
+}
+
+/// A connected guest. Its RX rings are empty.
+pub struct Hand {
+    front: FrontEnd,
+    memory: Arc<DriverMemory>,
+    /// RX ring of pair 0, TX ring of pair 0, RX ring of pair 1, ...
+    pub rings: Vec<HandRing>,
+}
+
+/// A ring and where its driver is.
+pub struct HandRing {
+    /// The words of the ring.
+    pub ring: DriverRing,
+    /// Its eventfds.
+    pub bells: Bells,
+    /// Vring index.
+    pub index: u16,
+    /// The next available entry to fill.
+    pub avail: u16,
+}
+
+/// A buffer that the device reads, by its offset in the memory.
+pub fn readable(offset: usize, len: u32) -> Descriptor {
+    Descriptor { addr: GUEST_BASE + offset as u64, len, flags: 0, next: 0 }
+}
+
+/// The same with flags and successor.
+pub fn chained(offset: usize, len: u32, flags: u16, next: u16) -> Descriptor {
+    Descriptor { flags, next, ..readable(offset, len) }
+}
+
+/// A descriptor as it lies in memory (virtio 1.2, 2.7.5).
+pub fn descriptor_bytes(d: Descriptor) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&d.addr.to_le_bytes());
+    bytes[8..12].copy_from_slice(&d.len.to_le_bytes());
+    bytes[12..14].copy_from_slice(&d.flags.to_le_bytes());
+    bytes[14..].copy_from_slice(&d.next.to_le_bytes());
+    bytes
+}
+
+impl Hand {
+    /// Connects, starts and enables all rings.
+    pub fn connect(path: impl AsRef<Path>, config: &HandConfig) -> Result<Self, FrontEndError> {
+        let mut front = FrontEnd::connect(path)?;
+        front.negotiate(config.features | 1 << features::PROTOCOL_FEATURES, PROTOCOL)?;
+        let memory =
+            if config.unsealed { DriverMemory::unsealed(MEMORY) } else { DriverMemory::new(MEMORY) }?;
+        let regions: Vec<_> = config.regions.iter().map(|(at, len)| memory.region_of(*at, *len)).collect();
+        front.set_memory(&regions.iter().map(|region| (*region, memory.fd())).collect::<Vec<_>>())?;
+        let mut hand = Self { front, memory, rings: Vec::new() };
+        for index in 0..2 * config.queue_pairs {
+            let ring = hand.start(index, config.size)?;
+            hand.rings.push(ring);
+        }
+        for index in 0..2 * config.queue_pairs {
+            hand.front.enable(index, true)?;
+        }
+        Ok(hand)
+    }
+
+    fn start(&mut self, index: u16, size: u16) -> Result<HandRing, FrontEndError> {
+        let at = DriverRing::bytes(size).next_multiple_of(4096) * usize::from(index);
+        let event_idx = self.front.features() & 1 << features::EVENT_IDX != 0;
+        let (_, end) = (at, at + DriverRing::bytes(size));
+        // A ring starts from nothing, also if an earlier one lay here.
+        self.memory.write(at, &vec![0; end - at]);
+        let mut ring = DriverRing::new(&self.memory, at, size, event_idx);
+        ring.want_no_call();
+        let place = RingPlace { size, user_addrs: ring.user_addrs(), base: 0 };
+        let bells = self.front.start_ring(index, place)?;
+        Ok(HandRing { ring, bells, index, avail: 0 })
+    }
+
+    /// Stops ring `index` and sets it up again, empty.
+    pub fn restart(&mut self, index: u16) -> Result<(), FrontEndError> {
+        let at = usize::from(index);
+        let size = self.rings[at].ring.size();
+        self.front.stop_ring(index)?;
+        self.rings[at] = self.start(index, size)?;
+        Ok(())
+    }
+
+    /// The protocol side.
+    pub fn front(&mut self) -> &mut FrontEnd {
+        &mut self.front
+    }
+
+    /// The memory it shares.
+    pub fn memory(&self) -> &Arc<DriverMemory> {
+        &self.memory
+    }
+
+    /// The TX ring of the first queue pair.
+    pub fn tx(&mut self) -> &mut HandRing {
+        &mut self.rings[1]
+    }
+
+    /// The RX ring of the first queue pair.
+    pub fn rx(&mut self) -> &mut HandRing {
+        &mut self.rings[0]
+    }
+
+    /// Writes header and frame to `offset`; returns the descriptor that covers them.
+    pub fn put(&self, offset: usize, header: &[u8; HEADER_LEN], frame: &[u8]) -> Descriptor {
+        self.memory.write(offset, header);
+        self.memory.write(offset + HEADER_LEN, frame);
+        readable(offset, u32::try_from(HEADER_LEN + frame.len()).expect("frames are short"))
+    }
+
+    /// Sends header and frame by one descriptor on TX ring `index`, and waits until it is used.
+    pub fn send(&mut self, index: u16, header: &[u8; HEADER_LEN], frame: &[u8]) -> Result<()> {
+        let descriptor = self.put(BUFFERS, header, frame);
+        let ring = &mut self.rings[usize::from(index)];
+        ring.ring.set_descriptor(0, descriptor);
+        ring.post(0);
+        ring.expect_used()?;
+        Ok(())
+    }
+
+    /// Bytes of its memory.
+    pub fn read(&self, offset: usize, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.memory.read(offset, &mut bytes);
+        bytes
+    }
+}
+
+impl HandRing {
+    /// Offers the chain that begins with `head`, and kicks.
+    pub fn post(&mut self, head: u16) {
+        self.post_all(&[head]);
+    }
+
+    /// Offers several chains at one go, and kicks.
+    pub fn post_all(&mut self, heads: &[u16]) {
+        self.post_silently(heads);
+        self.kick();
+    }
+
+    /// Offers several chains at one go, and says nothing.
+    pub fn post_silently(&mut self, heads: &[u16]) {
+        for head in heads {
+            self.ring.set_avail(self.avail, *head);
+            self.avail = self.avail.wrapping_add(1);
+        }
+        self.ring.publish_avail(self.avail);
+    }
+
+    /// Kicks.
+    pub fn kick(&self) {
+        self.bells.kick.write(1).expect("a counter that we alone write to is not full");
+    }
+
+    /// Waits until everything offered is used; returns the last used element: (head, bytes written).
+    pub fn expect_used(&self) -> Result<(u32, u32)> {
+        until("the used ring", || self.ring.used_idx() == self.avail)?;
+        Ok(self.used(self.avail.wrapping_sub(1)))
+    }
+
+    /// Used element number `index`.
+    pub fn used(&self, index: u16) -> (u32, u32) {
+        self.ring.used_before(index.wrapping_neg())
+    }
+
+    /// Waits for the signal that the ring broke.
+    pub fn expect_broken(&self) -> Result<()> {
+        until("the error eventfd", || self.bells.err.read().is_ok())
+    }
+
+    /// Fails if the signal that the ring broke was given.
+    pub fn ensure_whole(&self) -> Result<()> {
+        ensure!(self.bells.err.read().is_err(), "ring {} broke", self.index);
+        Ok(())
+    }
+}
