@@ -4,7 +4,7 @@
 //! # Turns
 //!
 //! A *turn* is one pass over the active sources, at most one burst from each, so the work of a turn is bounded and no
-//! source starves another. At a turn's beginning the worker looks at its inbox; a command is done when its turn is.
+//! source starves another. At a turn's beginning the worker looks at its mailbox; a command is done when its turn is.
 //!
 //! # Sleep
 //!
@@ -21,13 +21,17 @@
 //! Kick fds are watched edge-triggered and never read: each write by the guest is an edge. Arming asks for kicks first
 //! and looks at the ring afterwards, so that no frame falls between (the guest does it the other way round).
 //!
+//! Commands come by the `mailbox`, which wakes a sleeping worker.
+//!
 //! With `Poll::Busy`, or for a guest that gave no kick fd, sources stay active for ever.
+
+mod mailbox;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, epoll};
@@ -42,6 +46,7 @@ use crate::port::{Guest, Port, PortLink, RingState, Tap};
 use crate::spec::Poll;
 use crate::switch::{Ingress, PortTable, forward};
 use crate::tap::TapReader;
+use mailbox::Mailbox;
 
 /// How long a source is polled in vain before it is armed.
 const IDLE: Duration = Duration::from_micros(50);
@@ -81,11 +86,7 @@ pub(crate) struct WorkerShared {
     /// Kick fds and TAPs. Rings register their kick fd when they start, on the session thread.
     epoll: OwnedFd,
     wake: OwnedFd,
-    inbox: Mutex<Vec<Command>>,
-    /// There is something in `inbox`.
-    mail: AtomicBool,
-    /// In epoll, or about to be: needs `wake`.
-    sleeping: AtomicBool,
+    mailbox: Mailbox<Command>,
     pub(crate) stats: WorkerStats,
 }
 
@@ -105,24 +106,12 @@ impl WorkerShared {
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let edge = epoll::EventFlags::IN | epoll::EventFlags::ET;
         epoll::add(&epoll, &wake, epoll::EventData::new_u64(WAKE), edge)?;
-        Ok(Self {
-            index,
-            cpu,
-            epoll,
-            wake,
-            inbox: Mutex::default(),
-            mail: AtomicBool::new(false),
-            sleeping: AtomicBool::new(false),
-            stats: WorkerStats::default(),
-        })
+        Ok(Self { index, cpu, epoll, wake, mailbox: Mailbox::new(), stats: WorkerStats::default() })
     }
 
-    /// Puts a command into the inbox and wakes the worker if it sleeps.
+    /// Puts a command into the mailbox and wakes the worker if it sleeps.
     pub(crate) fn send(&self, command: Command) {
-        self.inbox.lock().unwrap_or_else(PoisonError::into_inner).push(command);
-        // Store mail, then load sleeping; the worker stores sleeping, then loads mail. One of the two sees the other.
-        self.mail.store(true, Ordering::SeqCst);
-        if self.sleeping.load(Ordering::SeqCst) {
+        if self.mailbox.put(command) {
             // Full means: not even the first wake-up was looked at yet.
             let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
         }
@@ -142,7 +131,7 @@ impl WorkerShared {
 
     /// Grows while the worker works, and while it sleeps because there is nothing to do.
     pub(crate) fn heartbeat(&self) -> u64 {
-        if self.sleeping.load(Ordering::SeqCst) {
+        if self.mailbox.is_asleep() {
             self.stats.turns.fetch_add(1, Ordering::Relaxed);
         }
         self.stats.turns.load(Ordering::Relaxed)
@@ -266,7 +255,7 @@ impl Worker {
     fn turn(&mut self) {
         self.turns += 1;
         self.now = now();
-        if self.shared.mail.load(Ordering::Acquire) {
+        if self.shared.mailbox.has_mail() {
             self.read_mail();
         }
         if self.active.is_empty() {
@@ -435,15 +424,13 @@ impl Worker {
 
     /// Nothing is active: waits for a kick, a TAP, mail, or the next time something is due.
     fn sleep(&mut self) {
-        self.shared.sleeping.store(true, Ordering::SeqCst);
-        // Mail that came before the store got no wake-up.
-        let wait =
-            if self.shared.mail.load(Ordering::SeqCst) { Some(Duration::ZERO) } else { self.next_due() };
+        // Mail that came before got no wake-up.
+        let wait = if self.shared.mailbox.lie_down() { self.next_due() } else { Some(Duration::ZERO) };
         self.look(wait);
-        self.shared.sleeping.store(false, Ordering::SeqCst);
+        self.shared.mailbox.get_up();
         self.now = now();
         self.tick();
-        if self.shared.mail.load(Ordering::Acquire) {
+        if self.shared.mailbox.has_mail() {
             self.read_mail();
         }
     }
@@ -520,9 +507,7 @@ impl Worker {
     }
 
     fn read_mail(&mut self) {
-        self.shared.mail.store(false, Ordering::SeqCst);
-        let inbox = std::mem::take(&mut *self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner));
-        for command in inbox {
+        for command in self.shared.mailbox.take() {
             match command {
                 Command::Add { port, queue, done } => {
                     self.add(port, queue);
