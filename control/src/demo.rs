@@ -207,7 +207,8 @@ fn connect_one(socket: &Path) -> Result<LightGuest, DemoError> {
 
 fn frame(from: usize, to: usize, len: usize, number: [u8; 4]) -> Vec<u8> {
     let mut frame = [&STATIONS[to][..], &STATIONS[from], &EXPERIMENTAL, &number].concat();
-    frame.extend((frame.len()..len).map(|i| (i % 251) as u8));
+    let rest = len.saturating_sub(frame.len());
+    frame.extend((0..=u8::MAX).cycle().take(rest));
     frame
 }
 
