@@ -1,7 +1,7 @@
 //! The API's socket: published safely, its callers known and counted, none of them able to hold it up.
 //!
 //! Each connection is one task. Who connected is read from the kernel (SO_PEERCRED) before a byte of theirs is, and holds
-//! for the life of the connection. Beyond the bounds below a caller gets a 503 and is closed; a few places are kept for
+//! for the life of the connection. Beyond the bounds below a caller is told so and closed; a few places are kept for
 //! root and the daemon's own user, so that an operator always gets in.
 
 mod deadline;
@@ -19,7 +19,9 @@ use hyper::service::{Service, service_fn};
 use hyper::{Request, server::conn::http1};
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
+use tokio::io::AsyncReadExt;
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
 
 use self::deadline::{Deadlines, Patient};
 pub use self::publish::{PublishError, PublishedSocket, group_id};
@@ -31,6 +33,10 @@ const CONNECTIONS_MAX: usize = 64;
 const CONNECTIONS_RESERVED: usize = 4;
 /// Connections of one user that is no operator.
 const CONNECTIONS_PER_UID: usize = 16;
+/// Refused callers that are told so at once; more are just closed.
+const REFUSALS_MAX: usize = 16;
+/// For a refused caller to begin its request.
+const REFUSAL_TIME: Duration = Duration::from_millis(500);
 /// Pause after accept failed for want of descriptors: they come back by themselves, spinning does not help.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Bytes of a request's head.
@@ -56,8 +62,7 @@ pub struct Access {
 pub async fn serve(listener: StdListener, router: Router, access: Access) -> std::io::Result<()> {
     listener.set_nonblocking(true)?;
     let listener = UnixListener::from_std(listener)?;
-    let door =
-        Arc::new(Door { own_uid: rustix::process::geteuid().as_raw(), access, inside: Mutex::default() });
+    let door = Arc::new(Door::new(rustix::process::geteuid().as_raw(), access));
     loop {
         match listener.accept().await {
             Ok((stream, _)) => admit(&door, stream, &router),
@@ -87,7 +92,12 @@ fn admit(door: &Arc<Door>, stream: UnixStream, router: &Router) {
         }
         Err(problem) => {
             tracing::warn!(uid = caller.uid, pid = caller.pid, "refused a connection: {}", problem.detail);
-            refuse(&stream, &problem);
+            if let Ok(place) = door.lobby.clone().try_acquire_owned() {
+                tokio::spawn(async move {
+                    refuse(stream, problem).await;
+                    drop(place);
+                });
+            }
         }
     }
 }
@@ -116,11 +126,13 @@ async fn converse(stream: UnixStream, caller: Caller, router: Router) {
     }
 }
 
-/// Answers once without reading anything. What the socket's buffer does not take at once is lost: nobody waits here.
-fn refuse(stream: &UnixStream, problem: &Problem) {
-    let body = serde_json::to_string(problem).expect("a problem is plain JSON");
+/// Reads what the caller begins to say, since one that cannot say it does not listen either, and answers.
+async fn refuse(mut stream: UnixStream, problem: Problem) {
+    let _ = tokio::time::timeout(REFUSAL_TIME, stream.read(&mut [0; 4096])).await;
+    let body = serde_json::to_string(&problem).expect("a problem is plain JSON");
     let Problem { status, title, .. } = problem;
     let head = format!("HTTP/1.1 {status} {title}\r\nconnection: close\r\ncontent-type: {CONTENT_TYPE}");
+    // What the socket's buffer does not take at once is lost.
     let _ = stream.try_write(format!("{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len()).as_bytes());
 }
 
@@ -129,6 +141,7 @@ struct Door {
     own_uid: u32,
     access: Access,
     inside: Mutex<HashMap<u32, usize>>,
+    lobby: Arc<Semaphore>,
 }
 
 /// A place inside, given back when dropped.
@@ -138,6 +151,10 @@ struct Place {
 }
 
 impl Door {
+    fn new(own_uid: u32, access: Access) -> Self {
+        Self { own_uid, access, inside: Mutex::default(), lobby: Arc::new(Semaphore::new(REFUSALS_MAX)) }
+    }
+
     fn enter(self: &Arc<Self>, uid: u32) -> Result<Place, Problem> {
         let operator = uid == 0 || uid == self.own_uid;
         if !operator && !self.access.uids.is_empty() && !self.access.uids.contains(&uid) {
@@ -172,7 +189,7 @@ mod tests {
     use super::*;
 
     fn door(uids: Vec<u32>) -> Arc<Door> {
-        Arc::new(Door { own_uid: 500, access: Access { uids }, inside: Mutex::default() })
+        Arc::new(Door::new(500, Access { uids }))
     }
 
     #[test]

@@ -132,7 +132,7 @@ impl Store {
         let (writes, queue) = mpsc::channel();
         let thread = std::thread::Builder::new().name("store".into()).stack_size(256 << 10);
         let file = path.clone();
-        thread.spawn(move || write_all(&database, &file, &queue)).map_err(unusable)?;
+        thread.spawn(move || write_all(database, &file, &queue)).map_err(unusable)?;
         Ok((Self { path, writes }, records))
     }
 
@@ -202,11 +202,19 @@ fn read_record(id: &str, value: &[u8], path: &Path) -> Result<(Name, Record), St
     Ok((id.parse().map_err(|e| bad(format!("{e}")))?, record))
 }
 
-fn write_all(database: &Database, path: &Path, queue: &mpsc::Receiver<Write>) {
+fn write_all(database: Database, path: &Path, queue: &mpsc::Receiver<Write>) {
+    let mut database = Some(database);
     while let Ok(first) = queue.recv() {
         let batch: Vec<Write> = std::iter::once(first).chain(queue.try_iter().take(BATCH_MAX - 1)).collect();
-        let written = commit(database, &batch)
-            .map_err(|cause| StoreError::Write { path: path.into(), cause: cause.to_string() });
+        // After an error of the disk redb takes no more writes until it is opened anew.
+        let open = database.take().map_or_else(|| open_database(path), Ok);
+        let written = open.map_err(redb::Error::from).and_then(|open| {
+            commit(&open, &batch)?;
+            database = Some(open);
+            Ok(())
+        });
+        let written =
+            written.map_err(|cause| StoreError::Write { path: path.into(), cause: cause.to_string() });
         for write in batch {
             // Whoever asked may have gone; the record stands nevertheless.
             let _ = write.done.send(written.clone());

@@ -341,6 +341,29 @@ fn events_go_on_where_the_reader_left() {
 }
 
 #[test]
+fn a_user_who_is_not_listed_is_denied() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not run: only root can become somebody else");
+        return;
+    }
+    let place = Place::default();
+    let config = place.path("vhostd.toml");
+    std::fs::set_permissions(place.path(""), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let write =
+        |uids: &str| std::fs::write(&config, format!("[api]\nmode = \"0666\"\nuids = [{uids}]\n")).unwrap();
+    write("4242");
+    let daemon = place.serve_with(&["--config", config.to_str().unwrap()]);
+    let denied = place.vhostd_as_nobody(&["ls"]);
+    assert_eq!(denied.code, 1, "{denied:?}");
+    assert!(denied.err.contains("user 65534 is not in api.uids"), "{denied:?}");
+    assert!(daemon.log().contains("refused a connection"), "{}", daemon.log());
+    daemon.kill();
+    write("65534");
+    let _daemon = place.serve_with(&["--config", config.to_str().unwrap()]);
+    place.vhostd_as_nobody(&["ls"]).ok();
+}
+
+#[test]
 fn a_full_house_is_refused_at_the_door() {
     let place = Place::default();
     let daemon = place.serve();

@@ -117,6 +117,28 @@ fn a_damaged_store_is_not_taken_for_an_empty_one() {
 }
 
 #[test]
+fn a_disk_that_takes_no_more_changes_nothing() {
+    let place = Place::default();
+    let daemon = place.serve_limited();
+    plug(&place, "a", "listen", "a.sock");
+    daemon.limit_file_size("4096");
+    let body = json!({"spec": {"socket": {"role": "listen", "path": place.path("b.sock")}}}).to_string();
+    for (method, id) in [("PUT", "b"), ("DELETE", "a"), ("PUT", "b")] {
+        let answer = place.http(method, &format!("/v1/plugs/{id}"), &body);
+        assert_eq!((answer.status, answer.json()["retryable"].as_bool()), (500, Some(true)), "{answer:?}");
+    }
+    assert!(!place.path("b.sock").exists());
+    assert_eq!(place.phase("a"), "attached");
+    daemon.limit_file_size("unlimited");
+    plug(&place, "b", "listen", "b.sock");
+    let before = specs(&place);
+    assert_eq!(before.len(), 2);
+    daemon.kill();
+    let _daemon = place.serve();
+    assert_eq!(specs(&place), before);
+}
+
+#[test]
 fn a_bad_configuration_is_refused() {
     let place = Place::default();
     let config = place.path("vhostd.toml");

@@ -183,6 +183,9 @@ impl Steps {
             adopt: matches!(to, To::Tap { .. }),
         };
         let tap = self.host.ensure_tap(&tap).await?;
+        if let To::Tap { mac: Some(mac), .. } = to {
+            tracing::warn!(plug = %id, tap = name, %mac, "the TAP keeps the address it has: setting one is not supported yet");
+        }
         if let To::Bridge { bridge, .. } = to {
             let _nobody_removes_it = self.bridges.lock().await;
             self.host.ensure_bridge(bridge.as_str()).await?;

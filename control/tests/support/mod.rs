@@ -70,6 +70,14 @@ impl Place {
         self.spawn_by(&["env", &notify, &watchdog, "unshare", "--net"], "--map-root-user", &[])
     }
 
+    /// Starts a daemon that survives a write beyond its file size limit, and returns when it is ready.
+    pub fn serve_limited(&self) -> Daemon {
+        let daemon =
+            self.spawn_by(&["env", "--ignore-signal=XFSZ", "unshare", "--net"], "--map-root-user", &[]);
+        self.until_ready();
+        daemon
+    }
+
     fn spawn_by(&self, wrapper: &[&str], for_ordinary_users: &str, args: &[&str]) -> Daemon {
         let log = self.path("log");
         let output = std::fs::File::options().create(true).append(true).open(&log).unwrap();
@@ -92,6 +100,13 @@ impl Place {
         self.until("the daemon is ready", || {
             self.try_http("GET", "/readyz", "").is_some_and(|a| a.status == 200)
         });
+    }
+
+    /// Runs the command line as a user without any rights.
+    pub fn vhostd_as_nobody(&self, args: &[&str]) -> Answer {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", VHOSTD, "--api"]);
+        Answer::new(&command.arg(self.api()).args(args).output().unwrap(), self.dir.path())
     }
 
     /// Runs the command line against this place's daemon.
@@ -179,6 +194,14 @@ impl Daemon {
     pub fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
+    }
+
+    /// Sets the size beyond which its files cannot be written.
+    pub fn limit_file_size(&self, bytes: &str) {
+        let limit = format!("--fsize={bytes}:");
+        let status =
+            Command::new("prlimit").args(["--pid", &self.pid().to_string(), &limit]).status().unwrap();
+        assert!(status.success());
     }
 
     pub fn terminate(&mut self) -> i32 {
