@@ -31,6 +31,8 @@ mod copy;
 mod device;
 pub mod driver;
 pub mod features;
+#[cfg(all(test, not(loom)))]
+mod heap;
 mod memory;
 mod notify;
 mod rx;

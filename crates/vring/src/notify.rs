@@ -83,11 +83,15 @@ mod tests {
     fn told_exactly_when_the_event_is_among_the_entries() {
         let mut memory = [0; 128];
         let ring = ring(&mut memory);
-        let batches = [0, 1, 2, 3, 16, 64, 256, 32_768, 65_535];
         // Miri is a thousand times slower.
-        let step = if cfg!(miri) { 4099 } else { 1 };
-        for old in [0u16, 1, 77, 32_767, 32_768, 65_534, 65_535] {
-            for count in batches {
+        let (olds, batches, step): (&[u16], &[u16], _) = if cfg!(miri) {
+            (&[65_534], &[0, 1, 3], 4099)
+        } else {
+            let olds = &[0, 1, 77, 32_767, 32_768, 65_534, 65_535];
+            (olds, &[0, 1, 2, 3, 16, 64, 256, 32_768, 65_535], 1)
+        };
+        for &old in olds {
+            for &count in batches {
                 let mut published = vec![false; 65_536];
                 (0..count).for_each(|i| published[usize::from(old.wrapping_add(i))] = true);
                 let new = old.wrapping_add(count);
