@@ -10,10 +10,10 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use vhost_user::{Bells, FrontEnd, FrontEndError, RingPlace};
 use vring::driver::{DriverMemory, DriverRing, GUEST_BASE};
-use vring::{Descriptor, HEADER_LEN, features};
+use vring::{DESC_WRITE, Descriptor, HEADER_LEN, features};
 
 use crate::inproc::until;
-use crate::peer::{MODERN, PROTOCOL};
+use crate::peer::{MODERN, PROTOCOL, header_len};
 
 /// Where frames and tables lie: behind four rings of the largest size.
 pub const BUFFERS: usize = 8 << 20;
@@ -46,6 +46,7 @@ impl Default for HandConfig {
 pub struct Hand {
     front: FrontEnd,
     memory: Arc<DriverMemory>,
+    header_len: usize,
     /// RX ring of pair 0, TX ring of pair 0, RX ring of pair 1, ...
     pub rings: Vec<HandRing>,
 }
@@ -72,6 +73,11 @@ pub fn chained(offset: usize, len: u32, flags: u16, next: u16) -> Descriptor {
     Descriptor { flags, next, ..readable(offset, len) }
 }
 
+/// A buffer that the device writes.
+pub fn writable(offset: usize, len: u32) -> Descriptor {
+    Descriptor { flags: DESC_WRITE, ..readable(offset, len) }
+}
+
 /// A descriptor as it lies in memory (virtio 1.2, 2.7.5).
 pub fn descriptor_bytes(d: Descriptor) -> [u8; 16] {
     let mut bytes = [0; 16];
@@ -91,7 +97,8 @@ impl Hand {
             if config.unsealed { DriverMemory::unsealed(MEMORY) } else { DriverMemory::new(MEMORY) }?;
         let regions: Vec<_> = config.regions.iter().map(|(at, len)| memory.region_of(*at, *len)).collect();
         front.set_memory(&regions.iter().map(|region| (*region, memory.fd())).collect::<Vec<_>>())?;
-        let mut hand = Self { front, memory, rings: Vec::new() };
+        let header_len = header_len(config.features);
+        let mut hand = Self { front, memory, header_len, rings: Vec::new() };
         for index in 0..2 * config.queue_pairs {
             let ring = hand.start(index, config.size)?;
             hand.rings.push(ring);
@@ -105,9 +112,8 @@ impl Hand {
     fn start(&mut self, index: u16, size: u16) -> Result<HandRing, FrontEndError> {
         let at = DriverRing::bytes(size).next_multiple_of(4096) * usize::from(index);
         let event_idx = self.front.features() & 1 << features::EVENT_IDX != 0;
-        let (_, end) = (at, at + DriverRing::bytes(size));
         // A ring starts from nothing, also if an earlier one lay here.
-        self.memory.write(at, &vec![0; end - at]);
+        self.memory.write(at, &vec![0; DriverRing::bytes(size)]);
         let mut ring = DriverRing::new(&self.memory, at, size, event_idx);
         ring.want_no_call();
         let place = RingPlace { size, user_addrs: ring.user_addrs(), base: 0 };
@@ -144,11 +150,16 @@ impl Hand {
         &mut self.rings[0]
     }
 
+    /// Bytes of its virtio-net headers.
+    pub fn header_len(&self) -> usize {
+        self.header_len
+    }
+
     /// Writes header and frame to `offset`; returns the descriptor that covers them.
     pub fn put(&self, offset: usize, header: &[u8; HEADER_LEN], frame: &[u8]) -> Descriptor {
-        self.memory.write(offset, header);
-        self.memory.write(offset + HEADER_LEN, frame);
-        readable(offset, u32::try_from(HEADER_LEN + frame.len()).expect("frames are short"))
+        self.memory.write(offset, &header[..self.header_len]);
+        self.memory.write(offset + self.header_len, frame);
+        readable(offset, u32::try_from(self.header_len + frame.len()).expect("frames are short"))
     }
 
     /// Sends header and frame by one descriptor on TX ring `index`, and waits until it is used.

@@ -25,6 +25,12 @@ pub const MODERN: u64 = 1 << features::VERSION_1 | 1 << features::INDIRECT_DESC;
 /// The same with mergeable buffers.
 pub const MERGEABLE: u64 = MODERN | 1 << features::MRG_RXBUF;
 
+/// Bytes of the virtio-net header of a guest with these features (virtio 1.2, 5.1.6.1).
+pub fn header_len(features: u64) -> usize {
+    let long = 1 << features::VERSION_1 | 1 << features::MRG_RXBUF;
+    if features & long != 0 { HEADER_LEN } else { HEADER_LEN - 2 }
+}
+
 /// Pieces of a buffer that is not in one.
 const PIECES: usize = 4;
 /// Bytes between two pieces, so that nobody can take them for one.
@@ -74,10 +80,9 @@ impl Default for PeerConfig {
 }
 
 impl PeerConfig {
-    /// Bytes of the virtio-net header (virtio 1.2, 5.1.6.1).
+    /// Bytes of the virtio-net header.
     pub fn header_len(&self) -> usize {
-        let long = 1 << features::VERSION_1 | 1 << features::MRG_RXBUF;
-        if self.features & long != 0 { HEADER_LEN } else { HEADER_LEN - 2 }
+        header_len(self.features)
     }
 
     /// Buffers that a ring has room for.

@@ -10,7 +10,7 @@ use wire::VnetHeader;
 
 use crate::canary::Canary;
 use crate::hand::{Hand, HandConfig};
-use crate::inproc::{Census, Ledger, Plane, PortPlan};
+use crate::inproc::{Census, Ledger, Plane, PortPlan, until};
 use crate::oracle::{Checker, Flow, Oracle};
 use crate::peer::{Ear, MERGEABLE, Peer, PeerConfig};
 
@@ -30,8 +30,9 @@ pub fn plain() -> [u8; 12] {
 
 /// Everything around a hostile guest.
 pub struct Stage {
-    plane: Plane,
+    // Stopped first when a test fails, or it would wait for frames that nobody moves.
     canary: Canary,
+    plane: Plane,
     /// With everybody there but the hostile guest.
     idle: Census,
     /// The hostile guest's port.
@@ -204,6 +205,17 @@ impl Stage {
     pub fn drops(&mut self, reason: DropReason, count: u64) {
         self.book = std::mem::take(&mut self.book).drops(reason, count);
         self.book.rx += count;
+    }
+
+    /// Frames for the hostile guest that were given up at its port.
+    pub fn refuses(&mut self, reason: DropReason, count: u64) {
+        self.book = std::mem::take(&mut self.book).drops(reason, count);
+    }
+
+    /// The neighbour sends a frame; it is returned when the dataplane is done with it.
+    pub fn neighbour_sends(&mut self, header: &[u8; 12], frame: &[u8]) -> Result<()> {
+        until("room to send", || self.neighbour.send_now(0, header, frame))?;
+        until("the neighbour's frame", || self.neighbour.unused(0) == 0)
     }
 
     /// The hostile port has counted exactly what the book says.
