@@ -1,8 +1,8 @@
 //! The vhost-user device of a port: what its session asks of the rings. Runs on the session thread.
 
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use sys::call::Caller;
 use vhost_user::{Device, NetConfig, Offer, Peer, Refusal};
@@ -56,13 +56,26 @@ pub(crate) struct GuestDevice {
     events: Arc<Events>,
     /// What the port was made with; a front end may ask for less.
     mtu_max: u16,
-    caller: Caller,
+    caller: Arc<Mutex<Caller>>,
 }
 
 impl GuestDevice {
-    pub(crate) fn new(port: Arc<Port>, workers: Arc<[Arc<WorkerShared>]>, events: Arc<Events>) -> Self {
+    /// `caller` is for the session thread, one for all ports: to end a context of asynchronous I/O takes the kernel tens
+    /// of milliseconds.
+    pub(crate) fn new(
+        port: Arc<Port>,
+        workers: Arc<[Arc<WorkerShared>]>,
+        events: Arc<Events>,
+        caller: Arc<Mutex<Caller>>,
+    ) -> Self {
         let mtu_max = port.mtu.load(Ordering::Relaxed);
-        Self { port, workers, events, mtu_max, caller: Caller::new() }
+        Self { port, workers, events, mtu_max, caller }
+    }
+
+    /// Signals an eventfd of the front end.
+    fn signal(&self, fd: BorrowedFd<'_>) {
+        // What cannot be signalled is the front end's loss.
+        let _ = self.caller.lock().unwrap_or_else(PoisonError::into_inner).call(fd);
     }
 
     fn guest(&self) -> &Guest {
@@ -137,15 +150,9 @@ impl GuestDevice {
         }
     }
 
-    fn broke(
-        &self,
-        index: u16,
-        err: Option<std::os::fd::BorrowedFd<'_>>,
-        fault: RingFault,
-        caller: &mut Caller,
-    ) {
+    fn broke(&self, index: u16, err: Option<BorrowedFd<'_>>, fault: RingFault) {
         if let Some(err) = err {
-            let _ = caller.call(err);
+            self.signal(err);
         }
         self.events.ring_broken(&self.port, index, fault);
     }
@@ -232,22 +239,18 @@ impl Device for GuestDevice {
     }
 
     fn set_call(&mut self, index: u16, call: Option<OwnedFd>) {
-        let mut caller = std::mem::take(&mut self.caller);
-        if let Some(pair) = self.pair(index) {
-            // What was used before may have been signalled on the old fd only: signal the new one once.
-            if let Some(call) = &call {
-                use std::os::fd::AsFd;
-                let _ = caller.call(call.as_fd());
-            }
-            if index.is_multiple_of(2) {
-                if let Some(ring) = pair.rx.lock().ring.as_mut() {
-                    ring.set_call(call);
-                }
-            } else if let Some(ring) = pair.tx.lock().ring.as_mut() {
+        let Some(pair) = self.pair(index) else { return };
+        // What was used before may have been signalled on the old fd only: signal the new one once.
+        if let Some(call) = &call {
+            self.signal(call.as_fd());
+        }
+        if index.is_multiple_of(2) {
+            if let Some(ring) = pair.rx.lock().ring.as_mut() {
                 ring.set_call(call);
             }
+        } else if let Some(ring) = pair.tx.lock().ring.as_mut() {
+            ring.set_call(call);
         }
-        self.caller = caller;
     }
 
     fn set_err(&mut self, index: u16, err: Option<OwnedFd>) {
@@ -262,14 +265,13 @@ impl Device for GuestDevice {
     }
 
     fn set_memory(&mut self, memory: &Arc<GuestMemory>) {
-        let mut caller = std::mem::take(&mut self.caller);
         for (queue, pair) in (0u16..).zip(&self.guest().pairs) {
             let mut rx = pair.rx.lock();
             if let Some(Err(fault)) = rx.ring.as_mut().map(|ring| ring.set_memory(memory)) {
                 let ring = rx.ring.take();
                 rx.broken = Some(fault);
                 drop(rx);
-                self.broke(2 * queue, ring.as_ref().and_then(|r| r.err_fd()), fault, &mut caller);
+                self.broke(2 * queue, ring.as_ref().and_then(|r| r.err_fd()), fault);
             }
             let mut tx = pair.tx.lock();
             if let Some(Err(fault)) = tx.ring.as_mut().map(|ring| ring.set_memory(memory)) {
@@ -279,10 +281,9 @@ impl Device for GuestDevice {
                 if let Some(kick) = ring.as_ref().and_then(|r| r.kick_fd()) {
                     self.worker(pair).unwatch(kick);
                 }
-                self.broke(2 * queue + 1, ring.as_ref().and_then(|r| r.err_fd()), fault, &mut caller);
+                self.broke(2 * queue + 1, ring.as_ref().and_then(|r| r.err_fd()), fault);
             }
         }
-        self.caller = caller;
         self.relink();
     }
 

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use sys::call::Caller;
 use sys::tap::{TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6};
 use vhost_user::{EndpointError, EndpointId, Limits, Sessions};
 
@@ -78,6 +79,8 @@ pub struct Dataplane {
     workers: Arc<[Arc<WorkerShared>]>,
     threads: Vec<JoinHandle<()>>,
     events: Arc<Events>,
+    /// The session thread's.
+    caller: Arc<Mutex<Caller>>,
     fdb_port_max: u32,
     started: Instant,
     started_cycles: u64,
@@ -103,6 +106,7 @@ impl Dataplane {
         let system = |what: &str, cause: io::Error| Error::System { what: what.into(), cause };
         let events = Arc::new(Events { sink: config.on_event });
         let started = now();
+        check_cpus(&config.cpus)?;
         let cpus: Vec<_> =
             if config.cpus.is_empty() { vec![None] } else { config.cpus.iter().copied().map(Some).collect() };
         let shared = (0..).zip(cpus).map(|(index, cpu)| WorkerShared::new(index, cpu).map(Arc::new));
@@ -113,6 +117,7 @@ impl Dataplane {
             workers: workers.clone(),
             threads: Vec::new(),
             events: events.clone(),
+            caller: Arc::default(),
             fdb_port_max: config.fdb_port_max,
             started,
             started_cycles: sys::clock::cycles(),
@@ -278,7 +283,8 @@ impl Dataplane {
 
     fn serve(&self, port: &Arc<Port>, endpoint: vhost_user::Endpoint) -> Result<(), Error> {
         let Some(sessions) = &self.sessions else { return Ok(()) };
-        let device = GuestDevice::new(port.clone(), self.workers.clone(), self.events.clone());
+        let (workers, events) = (self.workers.clone(), self.events.clone());
+        let device = GuestDevice::new(port.clone(), workers, events, self.caller.clone());
         let id = sessions.add(endpoint, Box::new(device));
         let id = id.map_err(|cause| Error::Endpoint { name: port.name.clone(), cause })?;
         if let Some(entry) = self.state().ports.get_mut(&port.id) {
@@ -369,6 +375,20 @@ fn spawn(shared: Arc<WorkerShared>, worker: Worker) -> io::Result<JoinHandle<()>
         }
         worker.run();
     })
+}
+
+/// A worker that cannot be pinned as asked would run where others do: better not to start.
+fn check_cpus(cpus: &[usize]) -> Result<(), Error> {
+    let error = |what: String, cause| Error::System { what, cause };
+    let allowed = rustix::thread::sched_getaffinity(None);
+    let allowed = allowed.map_err(|e| error("lcores of this process".into(), e.into()))?;
+    match cpus.iter().find(|cpu| **cpu >= rustix::thread::CpuSet::MAX_CPU || !allowed.is_set(**cpu)) {
+        None => Ok(()),
+        Some(cpu) => {
+            let cause = io::Error::other("this process may not run there, or there is none");
+            Err(error(format!("a worker on lcore {cpu}"), cause))
+        }
+    }
 }
 
 fn check_bounds(spec: &PortSpec) -> Result<(), Error> {
