@@ -178,14 +178,15 @@ impl Steps {
             owner: id.to_string(),
             queues: spec.tap_queues(),
             mtu: Some(spec.mtu_bytes().into()),
+            address: match to {
+                To::Tap { mac, .. } => mac.map(|mac| mac.0),
+                _ => None,
+            },
             persistent: true,
             // Only a TAP asked for by its own name may be an administrator's.
             adopt: matches!(to, To::Tap { .. }),
         };
         let tap = self.host.ensure_tap(&tap).await?;
-        if let To::Tap { mac: Some(mac), .. } = to {
-            tracing::warn!(plug = %id, tap = name, %mac, "the TAP keeps the address it has: setting one is not supported yet");
-        }
         if let To::Bridge { bridge, .. } = to {
             let _nobody_removes_it = self.bridges.lock().await;
             self.host.ensure_bridge(bridge.as_str()).await?;

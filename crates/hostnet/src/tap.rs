@@ -27,6 +27,8 @@ pub struct TapSpec {
     pub queues: u16,
     /// Its MTU in bytes; `None` leaves it as it is (1500 on a TAP that is made).
     pub mtu: Option<u32>,
+    /// Address that a TAP gets when it is made; `None` gives it one that leaves a bridge's alone.
+    pub address: Option<[u8; 6]>,
     /// Whether a TAP that is made stays when its queues are closed. Without, it goes with this process.
     pub persistent: bool,
     /// Whether to use a TAP that we did not make, if there is one.
@@ -96,7 +98,7 @@ impl HostNet {
         let name = &spec.name;
         let queues = open_queues(spec, spec.queues > 1, true).await?;
         let link = self.link(name).await?.ok_or_else(|| Error::Missing { name: name.clone() })?;
-        let address = high_address(link.address.clone());
+        let address = spec.address.map_or_else(|| high_address(link.address.clone()), |own| own.to_vec());
         let edit = |message: Message| {
             let message = message.alias(tap_mark(&spec.owner)).address(address);
             if let Some(mtu) = spec.mtu { message.mtu(mtu) } else { message }

@@ -5,7 +5,7 @@ use crate::namespace::{run, run_with, sh};
 
 pub(crate) fn spec(name: &str) -> TapSpec {
     let (name, owner) = (name.to_owned(), "web-1".to_owned());
-    TapSpec { name, owner, queues: 1, mtu: Some(1400), persistent: true, adopt: false }
+    TapSpec { name, owner, queues: 1, mtu: Some(1400), address: None, persistent: true, adopt: false }
 }
 
 async fn index(net: &HostNet, name: &str) -> Option<u32> {
@@ -62,6 +62,15 @@ fn tap_that_need_not_stay_goes_with_its_queues() {
         let spec = TapSpec { persistent: false, ..spec("t0") };
         drop(net.ensure_tap(&spec).await.unwrap());
         assert_eq!(index(&net, "t0").await, None);
+    });
+}
+
+#[test]
+fn tap_has_the_address_it_was_made_with() {
+    run("tap::tap_has_the_address_it_was_made_with", async |net| {
+        let own = [0x52, 0x54, 0, 0, 0, 9];
+        let _tap = net.ensure_tap(&TapSpec { address: Some(own), ..spec("t0") }).await.unwrap();
+        assert_eq!(net.link("t0").await.unwrap().unwrap().address, own);
     });
 }
 
