@@ -158,6 +158,8 @@ struct Region {
     spec: RegionSpec,
     /// Our address of the region's first byte, inside `mapping`.
     host: *mut u8,
+    /// How often it was added.
+    claims: u32,
     mapping: Arc<Mapping>,
 }
 
@@ -207,34 +209,42 @@ impl GuestMemory {
         let region = |&(spec, host): &(RegionSpec, *mut u8)| {
             let base = std::ptr::null_mut();
             let mapping = Mapping { base, len: 0, counted: 0, guard: None, file: (0, 0), shrinkable: false };
-            Region { spec, host, mapping: Arc::new(mapping) }
+            Region { spec, host, claims: 1, mapping: Arc::new(mapping) }
         };
         Self::sorted(regions.iter().map(region).collect(), Faults::default())
     }
 
     /// This table and one region more; existing mappings are shared, not made again.
+    ///
+    /// A region that is there already has to be removed as often as it was added: QEMU 7.2 adds and removes every
+    /// region once for each queue pair, on the one connection that these share.
     pub fn with_region(&self, region: RegionSpec, fd: BorrowedFd<'_>) -> Result<Self, MemoryError> {
-        if self.regions.len() >= Self::REGIONS_MAX {
-            return Err(MemoryError::Count(self.regions.len() + 1));
-        }
-        check_table(self.regions.iter().map(|r| r.spec).chain([region]))?;
-        let file = check_file(region, fd)?;
         let mut regions = self.regions.to_vec();
+        if let Some(same) = regions.iter_mut().find(|r| r.is_same(&region, fd)) {
+            same.claims = same.claims.saturating_add(1);
+            return Ok(Self { regions: regions.into(), faults: self.faults.clone() });
+        }
+        if regions.len() >= Self::REGIONS_MAX {
+            return Err(MemoryError::Count(regions.len() + 1));
+        }
+        check_table(regions.iter().map(|r| r.spec).chain([region]))?;
+        let file = check_file(region, fd)?;
         regions.push(map_region(region, fd, &file, &self.faults)?);
         Ok(Self::sorted(regions, self.faults.clone()))
     }
 
     /// This table without the region that has the same guest address, user address and size.
     pub fn without_region(&self, region: &RegionSpec) -> Result<Self, MemoryError> {
-        let same = |r: &&Region| {
+        let same = |r: &Region| {
             r.spec.guest_addr == region.guest_addr
                 && r.spec.user_addr == region.user_addr
                 && r.spec.size == region.size
         };
-        let found = self.regions.iter().find(same).ok_or(MemoryError::Unknown(*region))?;
-        let host = found.host;
-        let regions = self.regions.iter().filter(|r| r.host != host).cloned().collect();
-        Ok(Self { regions, faults: self.faults.clone() })
+        let mut regions = self.regions.to_vec();
+        let found = regions.iter().position(same).ok_or(MemoryError::Unknown(*region))?;
+        regions[found].claims -= 1;
+        regions.retain(|r| r.claims > 0);
+        Ok(Self { regions: regions.into(), faults: self.faults.clone() })
     }
 
     /// Whether this very table (same regions of the same files) is mapped already, so that nothing needs to be done.
@@ -242,10 +252,7 @@ impl GuestMemory {
         let mut wanted: Vec<_> = regions.iter().collect();
         wanted.sort_by_key(|(spec, _)| spec.guest_addr);
         wanted.len() == self.regions.len()
-            && wanted.iter().zip(&self.regions).all(|((spec, fd), have)| {
-                *spec == have.spec
-                    && rustix::fs::fstat(fd).is_ok_and(|s| (s.st_dev, s.st_ino) == have.mapping.file)
-            })
+            && wanted.iter().zip(&self.regions).all(|((spec, fd), have)| have.is_same(spec, fd.as_fd()))
     }
 
     /// The regions, ascending by guest address.
@@ -309,6 +316,11 @@ impl GuestMemory {
 }
 
 impl Region {
+    /// Whether it is this region of this file.
+    fn is_same(&self, spec: &RegionSpec, fd: BorrowedFd<'_>) -> bool {
+        self.spec == *spec && rustix::fs::fstat(fd).is_ok_and(|s| (s.st_dev, s.st_ino) == self.mapping.file)
+    }
+
     /// Our address of `len` bytes at guest address `addr`, if they lie in this region.
     fn host_addr(&self, addr: u64, len: u64) -> Option<*mut u8> {
         let window = Window { guest_addr: self.spec.guest_addr, size: self.spec.size, host: self.host };
@@ -461,5 +473,5 @@ fn map_region(
     mapping.guard = Some(guard.map_err(|e| MemoryError::Guard { region: spec, cause: e.to_string() })?);
     #[allow(clippy::cast_possible_truncation)]
     let host = mapping.base.wrapping_add(lead as usize);
-    Ok(Region { spec, host, mapping: Arc::new(mapping) })
+    Ok(Region { spec, host, claims: 1, mapping: Arc::new(mapping) })
 }

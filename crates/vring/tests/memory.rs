@@ -263,7 +263,14 @@ fn adding_and_removing_regions_shares_mappings() {
     let three = two.with_region(b, fd.as_fd()).unwrap();
     assert_eq!(mappings(name), 3);
     assert_eq!(three.regions(), [a, b, c], "ascending");
-    assert!(matches!(three.with_region(b, fd.as_fd()), Err(MemoryError::Overlap(..))), "added twice");
+    let twice = three.with_region(b, fd.as_fd()).unwrap();
+    assert_eq!((twice.regions(), mappings(name)), (vec![a, b, c], 3), "added twice");
+    let once = twice.without_region(&b).unwrap();
+    assert_eq!(once.regions(), [a, b, c], "removed once");
+    assert_eq!(once.without_region(&b).unwrap().regions(), [a, c], "removed twice");
+    drop((twice, once));
+    let other = memfd("vring-memory-other", 16 * PAGE);
+    assert!(matches!(three.with_region(b, other.as_fd()), Err(MemoryError::Overlap(..))), "another file");
     let one = three.without_region(&a).unwrap().without_region(&c).unwrap();
     assert_eq!((one.regions(), one.bytes()), (vec![b], PAGE));
     drop((two, three));
