@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod canary;
+pub mod daemon;
 pub mod deadline;
 pub mod hand;
 pub mod inproc;
@@ -15,3 +16,4 @@ pub mod process;
 pub mod qemu;
 pub mod stage;
 pub mod testpmd;
+pub mod traffic;

@@ -6,7 +6,7 @@
 //! in which he is root.
 
 use std::env;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 
@@ -47,7 +47,7 @@ impl Netns {
     }
 
     /// A command that runs `program` inside, with the same process id.
-    pub fn command(&self, program: &str) -> Command {
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new("nsenter");
         command.arg("--target").arg(self.pid().to_string()).args(["--net", "--mount"]);
         if self.own_user {

@@ -1,8 +1,8 @@
 //! A guest without a kernel: its memory, its rings and its socket, in this process.
 //!
 //! A [`Peer`] sends and receives carefully: every buffer is used in turn, every byte goes in and out, in whatever
-//! [`Shape`] drivers give their buffers. What it has in its rings by way of a [`Bell`] (its call eventfds) tells when to
-//! look again, so that waiting for frames is a test of notifications too.
+//! [`Shape`] drivers give their buffers. Its call eventfds ([`Bells`]) tell it when to look at its rings again, so that
+//! waiting for frames is a test of notifications too.
 
 use std::os::fd::AsRawFd;
 use std::path::Path;

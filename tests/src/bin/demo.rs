@@ -10,24 +10,20 @@
 //! that does not do what it should ends the demo with an error.
 #![forbid(unsafe_code)]
 
-use std::env;
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
-use e2e::deadline::wait_for_some;
-use e2e::netns::Netns;
+use anyhow::{Result, ensure};
+use e2e::daemon::Daemon;
 use e2e::process::Process;
-use e2e::qemu::{Guest, GuestConfig, Job, Nic, Role};
-use serde_json::Value;
-use tempfile::TempDir;
+use e2e::qemu::{Guest, GuestConfig, Nic, Role};
+use e2e::traffic::{PingStream, Pings, TcpStream};
 
 const HOST: &str = "10.77.0.1";
 const VM1: &str = "10.77.0.11";
 const VM2: &str = "10.77.0.12";
 
-/// For a daemon to answer, and for a plug to forward.
-const READY_TIMEOUT: Duration = Duration::from_secs(30);
+/// All plugs.
+const PLUGS: [&str; 3] = ["vm1", "vm2", "uplink"];
 /// Of one TCP measurement, seconds.
 const TCP_SECONDS: u32 = 5;
 /// Of the TCP stream that the daemon is killed under, seconds.
@@ -47,27 +43,21 @@ fn main() -> Result<()> {
 struct Demo {
     start: Instant,
     rows: Vec<(String, String)>,
-    daemon: Process,
-    host: Netns,
-    dir: TempDir,
+    daemon: Daemon,
 }
 
 impl Demo {
     /// The host's side, the daemon, and three plugs.
     fn start() -> Result<Self> {
         let start = Instant::now();
-        progress(start, "a network namespace with the bridge br-demo");
-        let host = Netns::new()?;
-        host.run(&format!(
+        progress(start, "vhostd serve, in a network namespace with the bridge br-demo");
+        let daemon = Daemon::start()?;
+        daemon.host().run(&format!(
             "ip link add br-demo type bridge; ip addr add {HOST}/24 dev br-demo; ip link set br-demo up"
         ))?;
-        let dir = tempfile::Builder::new().prefix("demo").tempdir()?;
-        progress(start, "vhostd serve");
-        let daemon = serve(&host, dir.path())?;
-        let mut demo = Self { start, rows: Vec::new(), daemon, host, dir };
-        demo.wait_for_daemon()?;
+        let demo = Self { start, rows: Vec::new(), daemon };
 
-        let (vm1, vm2) = (demo.socket("vm1"), demo.socket("vm2"));
+        let (vm1, vm2) = (demo.daemon.socket("vm1"), demo.daemon.socket("vm2"));
         let (vm1, vm2) = (vm1.to_string_lossy(), vm2.to_string_lossy());
         let plugs: [&[&str]; 3] = [
             &["plug", "vm1", "--listen", &vm1, "--network", "demo"],
@@ -76,7 +66,7 @@ impl Demo {
         ];
         for plug in plugs {
             demo.progress(&format!("vhostd {}", plug.join(" ")));
-            demo.vhostd(plug)?;
+            demo.daemon.run(plug)?;
         }
         Ok(demo)
     }
@@ -88,27 +78,23 @@ impl Demo {
         self.kill_daemon(&vm1, &vm2)?;
         self.print_table();
         for command in ["ls", "stats", "workers"] {
-            println!("\n$ vhostd {command}\n{}", self.vhostd(&[command])?.trim_end());
+            println!("\n$ vhostd {command}\n{}", self.daemon.run(&[command])?.trim_end());
         }
-        for plug in ["vm1", "vm2", "uplink"] {
-            self.vhostd(&["unplug", plug])?;
-        }
-        Ok(())
+        PLUGS.iter().try_for_each(|plug| self.daemon.run(&["unplug", plug]).map(drop))
     }
 
     fn boot_guests(&self) -> Result<(Guest, Guest)> {
         let vm1 = self.boot_guest("vm1", Role::Client, "52:54:00:77:00:11", VM1)?;
         let vm2 = self.boot_guest("vm2", Role::Server, "52:54:00:77:00:12", VM2)?;
-        for plug in ["vm1", "vm2", "uplink"] {
-            self.wait_for_forwarding(plug)?;
-        }
+        self.daemon.wait_for_forwarding(&PLUGS)?;
         Ok((vm1, vm2))
     }
 
     fn boot_guest(&self, name: &str, role: Role, mac: &str, address: &str) -> Result<Guest> {
         let how = if role == Role::Client { "connects to" } else { "listens on" };
         self.progress(&format!("guest {name}: QEMU {how} its socket"));
-        let guest = Guest::boot(&GuestConfig::new(name, vec![Nic::new(&self.socket(name), role, mac)]))?;
+        let guest =
+            Guest::boot(&GuestConfig::new(name, vec![Nic::new(&self.daemon.socket(name), role, mac)]))?;
         guest.check(&format!("ip addr add {address}/24 dev eth0 && ip link set eth0 up"))?;
         Ok(guest)
     }
@@ -119,111 +105,70 @@ impl Demo {
         self.ping_row("ping vm1 → vm2", |_| vm1.check(&ping(VM2)))?;
         self.ping_row("ping vm1 → host", |_| vm1.check(&ping(HOST)))?;
         self.ping_row("ping vm2 → host", |_| vm2.check(&ping(HOST)))?;
-        self.ping_row("ping host → vm2", |demo| demo.host.run(&ping(VM2).replace("ping", "busybox ping")))
+        self.ping_row("ping host → vm2", |demo| {
+            demo.daemon.host().run(&ping(VM2).replace("ping", "busybox ping"))
+        })
     }
 
     fn ping_row(&mut self, what: &str, run: impl FnOnce(&Self) -> Result<String>) -> Result<()> {
         self.progress(what);
         let pings = Pings::parse(&run(self)?)?;
         ensure!(pings.received == pings.sent, "{what}: {} of {} answered", pings.received, pings.sent);
-        self.row(what, format!("{}/{} answered, {}", pings.received, pings.sent, pings.times));
+        self.row(what, pings.to_string());
         Ok(())
     }
 
     fn throughput(&mut self, vm1: &Guest, vm2: &Guest) -> Result<()> {
         let _guest_server = vm2.spawn("iperf3 --server")?;
-        let mut server = self.host.command("iperf3");
+        let mut server = self.daemon.host().command("iperf3");
         server.arg("--server");
         let _host_server = Process::spawn("iperf3 on the host", &server)?;
         for (what, to, options) in
             [("vm1 → vm2", VM2, ""), ("vm1 → host", HOST, ""), ("host → vm1", HOST, "--reverse")]
         {
             self.progress(&format!("TCP {what}, {TCP_SECONDS} s"));
-            let before = self.gso_frames()?;
-            let rate = tcp_rate(&start_tcp(vm1, to, TCP_SECONDS, options)?, TCP_SECONDS)?;
-            let frames = self.gso_frames()? - before;
+            let before = self.daemon.gso_frames()?;
+            let rate = TcpStream::start(vm1, to, TCP_SECONDS, options)?.rate()?;
+            let frames = self.daemon.gso_frames()? - before;
             ensure!(frames > 0, "TCP {what}: no frame carried a segmentation request");
-            self.row(&format!("TCP {what}"), format!("{rate}, {frames} GSO frames through the ports"));
+            self.row(
+                &format!("TCP {what}"),
+                format!("{rate:.2} Gbit/s, {frames} GSO frames through the ports"),
+            );
         }
         Ok(())
     }
 
     /// Kills the daemon while TCP and pings run, starts it again, and sees how long the pings went unanswered.
     fn kill_daemon(&mut self, vm1: &Guest, vm2: &Guest) -> Result<()> {
-        let server = vm2.spawn("iperf3 --server --port 5202")?;
-        let tcp = start_tcp(vm1, VM2, KILL_TCP_SECONDS, "--port 5202")?;
-        let ping = format!("ping -i {} {HOST}", PING_INTERVAL.as_secs_f32());
-        let pings = [("QEMU connects", vm1.spawn(&ping)?), ("QEMU listens", vm2.spawn(&ping)?)];
-        for (_, job) in &pings {
-            self.wait_for_answers(job, 50)?;
-        }
+        let _server = vm2.spawn("iperf3 --server --port 5202")?;
+        let tcp = TcpStream::start(vm1, VM2, KILL_TCP_SECONDS, "--port 5202")?;
+        let pings = [
+            ("QEMU connects", PingStream::start(vm1, HOST, PING_INTERVAL)?),
+            ("QEMU listens", PingStream::start(vm2, HOST, PING_INTERVAL)?),
+        ];
 
         self.progress("kill -9 vhostd, mid-traffic, and start it again");
-        self.daemon.kill()?;
-        let down = Instant::now();
-        self.daemon = serve(&self.host, self.dir.path())?;
-        self.wait_for_daemon()?;
-        self.row("daemon killed and answering again", format!("{} ms", down.elapsed().as_millis()));
-        for plug in ["vm1", "vm2", "uplink"] {
-            self.wait_for_forwarding(plug)?;
-        }
+        let down = self.daemon.kill_and_restart()?;
+        self.row("daemon killed and answering again", format!("{} ms", down.as_millis()));
+        self.daemon.wait_for_forwarding(&PLUGS)?;
 
-        for (role, job) in &pings {
-            self.wait_for_answers(job, Pings::answers(&job.output(READY_TIMEOUT)?) + 50)?;
-            job.signal("INT", READY_TIMEOUT)?;
-            let pings = Pings::parse(&job.wait(READY_TIMEOUT)?.stdout)?;
-            let gap = PING_INTERVAL * u32::try_from(pings.gap)?;
+        for (role, stream) in pings {
+            stream.wait_for_more(50)?;
+            let (pings, gap) = stream.stop()?;
+            let unanswered = pings.sent - pings.received;
             self.row(
                 &format!("kill -9 under ping, {role}"),
-                format!(
-                    "gap {} ms: {} of {} unanswered",
-                    gap.as_millis(),
-                    pings.sent - pings.received,
-                    pings.sent
-                ),
+                format!("gap {} ms: {unanswered} of {} unanswered", gap.as_millis(), pings.sent),
             );
         }
         self.progress("the TCP stream goes on to its end");
-        let rate = tcp_rate(&tcp, KILL_TCP_SECONDS)?;
-        self.row("kill -9 under TCP vm1 → vm2", format!("stream survived, {rate} over {KILL_TCP_SECONDS} s"));
-        server.signal("TERM", READY_TIMEOUT)
-    }
-
-    /// Waits until a stream of pings has this many answers.
-    fn wait_for_answers(&self, job: &Job, count: usize) -> Result<()> {
-        wait_for_some(&format!("{count} answers to pings"), READY_TIMEOUT, || {
-            Ok((Pings::answers(&job.output(READY_TIMEOUT)?) >= count).then_some(()))
-        })
-    }
-
-    fn wait_for_daemon(&mut self) -> Result<()> {
-        wait_for_some("vhostd to answer", READY_TIMEOUT, || {
-            self.daemon.check_running()?;
-            Ok(self.vhostd(&["ls"]).ok())
-        })
-        .map(drop)
-    }
-
-    fn wait_for_forwarding(&self, plug: &str) -> Result<()> {
-        wait_for_some(&format!("{plug} to forward"), READY_TIMEOUT, || {
-            let shown: Value = serde_json::from_str(&self.vhostd(&["show", plug, "-o", "json"])?)?;
-            Ok((shown["status"]["phase"] == "forwarding").then_some(()))
-        })
-    }
-
-    /// Frames with a segmentation request, of all ports and both directions.
-    fn gso_frames(&self) -> Result<u64> {
-        let stats: Value = serde_json::from_str(&self.vhostd(&["stats", "-o", "json"])?)?;
-        let ports = stats.as_array().context("stats is not an array of ports")?;
-        Ok(ports.iter().filter_map(|port| port["gso_frames"].as_u64()).sum())
-    }
-
-    fn vhostd(&self, arguments: &[&str]) -> Result<String> {
-        vhostd(&self.host, self.dir.path(), arguments)
-    }
-
-    fn socket(&self, name: &str) -> PathBuf {
-        self.dir.path().join(format!("{name}.sock"))
+        let rate = tcp.rate()?;
+        self.row(
+            "kill -9 under TCP vm1 → vm2",
+            format!("stream survived, {rate:.2} Gbit/s over {KILL_TCP_SECONDS} s"),
+        );
+        Ok(())
     }
 
     fn progress(&self, what: &str) {
@@ -244,101 +189,6 @@ impl Demo {
     }
 }
 
-/// The program beside this one.
-fn vhostd_path() -> Result<PathBuf> {
-    Ok(env::current_exe()?.with_file_name("vhostd"))
-}
-
-/// Starts the daemon where the bridge is.
-fn serve(host: &Netns, dir: &Path) -> Result<Process> {
-    let mut command = host.command(vhostd_path()?.to_str().context("a path that is not UTF-8")?);
-    command.arg("--api").arg(dir.join("api.sock")).arg("serve").arg("--state-dir").arg(dir.join("state"));
-    Process::spawn("vhostd", &command)
-}
-
-/// Runs a command of the CLI and gives what it prints.
-fn vhostd(host: &Netns, dir: &Path, arguments: &[&str]) -> Result<String> {
-    let mut command = host.command(vhostd_path()?.to_str().context("a path that is not UTF-8")?);
-    let output = command.arg("--api").arg(dir.join("api.sock")).args(arguments).output()?;
-    if !output.status.success() {
-        bail!("vhostd {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim_end());
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-}
-
-/// Starts a TCP stream from the guest; the server may need a moment to listen.
-fn start_tcp(guest: &Guest, to: &str, seconds: u32, options: &str) -> Result<Job> {
-    let client = format!("iperf3 --json --client {to} --time {seconds} {options}");
-    guest.spawn(&format!("for try in 1 2 3 4 5 6 7 8 9 10; do {client} && exit; sleep 0.2; done; exit 1"))
-}
-
-/// What the receiver of a TCP stream got, as text.
-fn tcp_rate(job: &Job, seconds: u32) -> Result<String> {
-    let output = job.wait(Duration::from_secs(u64::from(seconds)) + READY_TIMEOUT)?;
-    ensure!(output.status == 0, "iperf3: {}", output.stdout);
-    // Tries that found no server have printed a document of their own.
-    let document = output.stdout.rfind("\n{").map_or(output.stdout.as_str(), |at| &output.stdout[at..]);
-    let result: Value = serde_json::from_str(document).context("iperf3's result")?;
-    let rate =
-        result["end"]["sum_received"]["bits_per_second"].as_f64().context("iperf3's result has no rate")?;
-    Ok(format!("{:.2} Gbit/s", rate / 1e9))
-}
-
-/// What busybox's ping printed.
-#[derive(Debug, PartialEq, Eq)]
-struct Pings {
-    sent: usize,
-    received: usize,
-    /// Longest run of unanswered ones between two answers.
-    gap: usize,
-    /// "min/avg/max = ... ms"
-    times: String,
-}
-
-impl Pings {
-    fn parse(text: &str) -> Result<Self> {
-        let summary =
-            text.lines().find(|line| line.contains("packets transmitted")).context("no end of a ping")?;
-        let sent = summary.split(' ').next().unwrap_or_default().parse()?;
-        let mut sequences = sequences(text).collect::<Vec<usize>>();
-        sequences.sort_unstable();
-        let gap = sequences.windows(2).map(|pair| (pair[1] - pair[0]).saturating_sub(1)).max().unwrap_or(0);
-        let times = text.lines().find_map(|line| line.strip_prefix("round-trip ")).unwrap_or("no answer");
-        Ok(Self { sent, received: sequences.len(), gap, times: times.into() })
-    }
-
-    /// Answers so far.
-    fn answers(text: &str) -> usize {
-        sequences(text).count()
-    }
-}
-
-/// Sequence numbers of the answers.
-fn sequences(text: &str) -> impl Iterator<Item = usize> {
-    text.lines().filter_map(|line| line.split_once(" seq=")?.1.split(' ').next()?.parse().ok())
-}
-
 fn progress(start: Instant, what: &str) {
     println!("{:6.1} s  {what}", start.elapsed().as_secs_f32());
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pings_are_counted_and_their_gap_found() {
-        let text = "PING 10.0.0.1 (10.0.0.1): 56 data bytes
-64 bytes from 10.0.0.1: seq=0 ttl=64 time=8.225 ms
-64 bytes from 10.0.0.1: seq=1 ttl=64 time=1.275 ms
-64 bytes from 10.0.0.1: seq=5 ttl=64 time=8.330 ms
-
---- 10.0.0.1 ping statistics ---
-7 packets transmitted, 3 packets received, 57% packet loss
-round-trip min/avg/max = 1.275/5.943/8.330 ms
-";
-        let times = "min/avg/max = 1.275/5.943/8.330 ms".into();
-        assert_eq!(Pings::parse(text).unwrap(), Pings { sent: 7, received: 3, gap: 3, times });
-        assert!(Pings::parse("PING 10.0.0.1 (10.0.0.1): 56 data bytes\n").is_err());
-    }
 }

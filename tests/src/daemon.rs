@@ -1,0 +1,139 @@
+//! The daemon as people run it: `vhostd serve` in a network namespace that plays the host, and its command line.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::deadline::wait_for_some;
+use crate::netns::Netns;
+use crate::process::Process;
+
+/// For the daemon to answer, and for a plug to forward.
+const READY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A running daemon with a state directory, an API socket and a host of its own. Dropping it kills it.
+#[derive(Debug)]
+pub struct Daemon {
+    process: Process,
+    vhostd: PathBuf,
+    host: Netns,
+    /// Holds the state, the API's socket, and the sockets of plugs.
+    dir: TempDir,
+}
+
+impl Daemon {
+    /// Starts it and waits until it answers.
+    pub fn start() -> Result<Self> {
+        let host = Netns::new()?;
+        let dir = tempfile::Builder::new().prefix("vhostd").tempdir()?;
+        let vhostd = vhostd_path()?;
+        let process = serve(&vhostd, &host, dir.path())?;
+        let mut daemon = Self { process, vhostd, host, dir };
+        daemon.wait_until_up()?;
+        Ok(daemon)
+    }
+
+    /// Kills it with SIGKILL, starts it again on the same state, and waits until it answers. Gives the time from the kill
+    /// to the answer.
+    pub fn kill_and_restart(&mut self) -> Result<Duration> {
+        let start = Instant::now();
+        self.process.kill()?;
+        self.process = serve(&self.vhostd, &self.host, self.dir.path())?;
+        self.wait_until_up()?;
+        Ok(start.elapsed())
+    }
+
+    /// The namespace it runs in.
+    pub fn host(&self) -> &Netns {
+        &self.host
+    }
+
+    /// A path for the socket of a plug.
+    pub fn socket(&self, name: &str) -> PathBuf {
+        self.dir.path().join(format!("{name}.sock"))
+    }
+
+    /// Runs the command line.
+    pub fn command(&self, arguments: &[&str]) -> Result<Output> {
+        Ok(command(&self.vhostd, &self.host, self.dir.path()).args(arguments).output()?)
+    }
+
+    /// Runs a command that has to succeed and gives what it prints.
+    pub fn run(&self, arguments: &[&str]) -> Result<String> {
+        let output = self.command(arguments)?;
+        ensure!(
+            output.status.success(),
+            "vhostd {}: {}: {}",
+            arguments.join(" "),
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim_end()
+        );
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// The same with its result as JSON.
+    pub fn json(&self, arguments: &[&str]) -> Result<Value> {
+        let text = self.run(&[&["-o", "json"], arguments].concat())?;
+        serde_json::from_str(&text).with_context(|| format!("vhostd {}: {text}", arguments.join(" ")))
+    }
+
+    /// Waits until each of these plugs forwards.
+    pub fn wait_for_forwarding(&self, plugs: &[&str]) -> Result<()> {
+        plugs.iter().try_for_each(|plug| {
+            wait_for_some(&format!("{plug} to forward"), READY_TIMEOUT, || {
+                Ok((self.json(&["show", plug])?["status"]["phase"] == "forwarding").then_some(()))
+            })
+            .with_context(|| self.run(&["show", plug]).unwrap_or_default())
+        })
+    }
+
+    /// Statistics of a plug's only port.
+    pub fn stats(&self, plug: &str) -> Result<Value> {
+        let mut ports = self.json(&["stats", plug])?;
+        Ok(ports.get_mut(0).context("a plug without a port")?.take())
+    }
+
+    /// Frames with a segmentation request, of all ports and both directions.
+    pub fn gso_frames(&self) -> Result<u64> {
+        let stats = self.json(&["stats"])?;
+        let ports = stats.as_array().context("stats is not an array of ports")?;
+        Ok(ports.iter().filter_map(|port| port["gso_frames"].as_u64()).sum())
+    }
+
+    /// Everything it has logged since it was last started.
+    pub fn log(&self) -> Result<String> {
+        self.process.log()
+    }
+
+    fn wait_until_up(&mut self) -> Result<()> {
+        wait_for_some("vhostd to answer", READY_TIMEOUT, || {
+            self.process.check_running()?;
+            Ok(self.run(&["ls"]).ok().map(drop))
+        })
+    }
+}
+
+/// The program, which cargo puts beside the other programs, one directory above the tests.
+pub fn vhostd_path() -> Result<PathBuf> {
+    let own = env::current_exe()?;
+    let found = own.ancestors().skip(1).take(2).map(|dir| dir.join("vhostd")).find(|path| path.is_file());
+    found.with_context(|| format!("no vhostd near {}: cargo build --workspace --bins", own.display()))
+}
+
+fn serve(vhostd: &Path, host: &Netns, dir: &Path) -> Result<Process> {
+    let mut command = command(vhostd, host, dir);
+    command.arg("serve").arg("--state-dir").arg(dir.join("state"));
+    Process::spawn("vhostd", &command)
+}
+
+/// The program in the host's namespace, with the API's socket.
+fn command(vhostd: &Path, host: &Netns, dir: &Path) -> Command {
+    let mut command = host.command(vhostd);
+    command.arg("--api").arg(dir.join("api.sock"));
+    command
+}
