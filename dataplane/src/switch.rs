@@ -240,7 +240,8 @@ impl<'a, 'b> Classifier<'a, 'b> {
         }
         let addresses = burst.addresses(index);
         let [dst, src] = [0, 6].map(|at| Mac::new(*addresses[at..].first_chunk().expect("12 bytes")));
-        if src != self.last_src {
+        // Zero stands for "none yet", and is no station's address either: not to be skipped.
+        if src != self.last_src || src.is_zero() {
             self.learn(src)?;
         }
         if dst != self.last_dst {
