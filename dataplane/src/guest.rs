@@ -272,6 +272,9 @@ impl Device for GuestDevice {
                 rx.broken = Some(fault);
                 drop(rx);
                 self.broke(2 * queue, ring.as_ref().and_then(|r| r.err_fd()), fault);
+            } else {
+                // Nobody takes a TX lock while holding an RX lock.
+                drop(rx);
             }
             let mut tx = pair.tx.lock();
             if let Some(Err(fault)) = tx.ring.as_mut().map(|ring| ring.set_memory(memory)) {
