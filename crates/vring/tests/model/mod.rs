@@ -6,8 +6,6 @@
 #![allow(dead_code, unreachable_pub, reason = "each test uses its part")]
 #![allow(clippy::unwrap_used, clippy::single_range_in_vec_init)]
 
-pub mod plan;
-
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -52,13 +50,15 @@ pub struct Model {
     pub features: u64,
     pub next: u16,
     pub used: u16,
+    /// Available index as last seen.
+    seen: u16,
 }
 
 /// A chain's buffers as ranges of the image, and the descriptors that were read for them.
-#[derive(Default, Debug)]
-pub struct Walk {
-    pub buffers: Vec<Range<usize>>,
-    pub read: Vec<Range<usize>>,
+#[derive(Default)]
+struct Walk {
+    buffers: Vec<Range<usize>>,
+    read: Vec<Range<usize>>,
 }
 
 /// What an enqueue does.
@@ -74,8 +74,16 @@ impl Model {
     pub fn new(image: Vec<u8>, regions: Vec<Region>, size: u16, features: u64, base: u16) -> Self {
         let avail = (16 * usize::from(size)).next_multiple_of(64);
         let used = (avail + 6 + 2 * usize::from(size)).next_multiple_of(64);
-        let mut model =
-            Self { image, regions, ring: [0, avail, used], size, features, next: base, used: base };
+        let mut model = Self {
+            image,
+            regions,
+            ring: [0, avail, used],
+            size,
+            features,
+            next: base,
+            used: base,
+            seen: base,
+        };
         model.image[..used + 6 + 8 * usize::from(size)].fill(0);
         model.put16(used + 2, base);
         model.publish(base);
@@ -140,6 +148,7 @@ impl Model {
 
     /// What the device does to the ring when it starts: it polls, so it wants no kicks.
     pub fn start(&mut self) {
+        self.seen = self.next;
         if !self.has(features::EVENT_IDX) {
             self.put16(self.ring[2], 1);
         }
@@ -149,12 +158,18 @@ impl Model {
         self.get16(self.ring[1] + 2)
     }
 
-    pub fn available(&self) -> Result<u16, RingFault> {
+    /// How many entries there are; the index is looked at only if it must be, for `wanted` of them.
+    pub fn available(&mut self, wanted: u16) -> Result<u16, RingFault> {
+        let known = self.seen.wrapping_sub(self.next);
+        if known >= wanted {
+            return Ok(known);
+        }
         let to = self.avail_idx();
         let available = to.wrapping_sub(self.next);
         if available > self.size {
             return Err(RingFault::AvailIndex { from: self.next, to, size: self.size });
         }
+        self.seen = to;
         Ok(available)
     }
 
@@ -190,8 +205,12 @@ impl Model {
     }
 
     /// Follows a chain. At most `most` bytes.
-    pub fn walk(&self, head: u16, writable: bool, most: u64) -> Result<Walk, ChainFault> {
+    pub fn walk(&self, head: u16, writable: bool, most: u64) -> Result<Vec<Range<usize>>, ChainFault> {
         let mut walk = Walk::default();
+        self.walk_into(&mut walk, head, writable, most).map(|()| walk.buffers)
+    }
+
+    fn walk_into(&self, walk: &mut Walk, head: u16, writable: bool, most: u64) -> Result<(), ChainFault> {
         let (mut count, mut bytes) = (0, 0);
         let mut table: Option<(u64, u16)> = None;
         let mut index = head;
@@ -222,7 +241,7 @@ impl Model {
             }
             self.buffer(d, most, &mut bytes, &mut walk.buffers)?;
             if d.flags & DESC_NEXT == 0 {
-                return Ok(walk);
+                return Ok(());
             }
             index = d.next;
         }
@@ -265,8 +284,8 @@ impl Model {
     /// What the chain at `head` sends: virtio-net header as delivered, and frame.
     pub fn frame(&self, head: u16) -> Result<(Vec<u8>, Vec<u8>), ChainFault> {
         let header_len = self.header_len();
-        let walk = self.walk(head, false, u64::from(FRAME_LEN_MAX) + header_len as u64)?;
-        let bytes: Vec<u8> = walk.buffers.into_iter().flat_map(|r| self.image[r].iter().copied()).collect();
+        let buffers = self.walk(head, false, u64::from(FRAME_LEN_MAX) + header_len as u64)?;
+        let bytes: Vec<u8> = buffers.into_iter().flat_map(|r| self.image[r].iter().copied()).collect();
         if bytes.len() < header_len + 14 {
             return Err(ChainFault::Short);
         }
@@ -285,6 +304,9 @@ impl Model {
 
     /// Makes `count` returned chains visible; whether the driver must be called for it (virtio 1.2, 2.7.7.2).
     fn publish_used(&mut self, count: u16) -> bool {
+        if count == 0 {
+            return false;
+        }
         let old = self.used;
         self.next = self.next.wrapping_add(count);
         self.used = self.used.wrapping_add(count);
@@ -294,7 +316,7 @@ impl Model {
             // One of the elements written is the one that the driver waits for.
             (0..count).any(|i| old.wrapping_add(i) == event)
         } else {
-            count != 0 && self.get16(self.ring[1]) & 1 == 0
+            self.get16(self.ring[1]) & 1 == 0
         }
     }
 
@@ -313,14 +335,15 @@ impl Model {
         let mut placed = Placed { result: Ok(Enqueued::default()), tangled: false, written: Vec::new() };
         let mut read = vec![0..self.ring[2] + 6 + 8 * usize::from(self.size)];
         let mut taken = 0;
-        placed.result = self.available().and_then(|available| {
+        let first = self.available(u16::try_from(frames.len()).unwrap());
+        placed.result = first.and_then(|available| {
             let mut done = Enqueued::default();
             for (i, frame) in frames.iter().enumerate() {
-                if taken == available {
+                if taken >= available && self.available(taken + 1)? <= taken {
                     done.full += u32::try_from(frames.len() - i).unwrap();
                     break;
                 }
-                taken += self.place(frame, taken, available, &mut done, &mut placed.written, &mut read)?;
+                taken += self.place(frame, taken, &mut done, &mut placed.written, &mut read)?;
             }
             done.call = self.publish_used(taken);
             Ok(done)
@@ -337,7 +360,6 @@ impl Model {
         &mut self,
         frame: &[u8],
         taken: u16,
-        available: u16,
         done: &mut Enqueued,
         written: &mut Vec<Range<usize>>,
         read: &mut Vec<Range<usize>>,
@@ -349,13 +371,22 @@ impl Model {
         let mut fault = None;
         while left != 0 && fault.is_none() && (heads.is_empty() || self.has(features::MRG_RXBUF)) {
             let step = taken + u16::try_from(heads.len()).unwrap();
-            if step == available {
+            if heads.is_empty()
+                && let head = self.head(step)?
+                && let Some(buffer) = self.simple(head, left)
+            {
+                room.push(buffer);
+                heads.push((head, left));
+                left = 0;
+                break;
+            }
+            if self.available(step + 1)? <= step {
                 done.full += 1;
                 return Ok(0);
             }
             let head = self.head(step)?;
             let before = left;
-            match self.writable(head, left, heads.is_empty(), read) {
+            match self.writable(head, read) {
                 Ok(buffers) => {
                     for buffer in buffers {
                         let part = buffer.len().min(left);
@@ -396,27 +427,21 @@ impl Model {
         Ok(u16::try_from(heads.len()).unwrap())
     }
 
-    /// A chain's buffers for `left` bytes. Of a first and only buffer that begins with room for them in one region, the
-    /// rest is not looked at.
-    fn writable(
-        &self,
-        head: u16,
-        left: usize,
-        first: bool,
-        read: &mut Vec<Range<usize>>,
-    ) -> Result<Vec<Range<usize>>, ChainFault> {
+    /// The place for `len` bytes in a chain of one buffer that begins with room for them in one region: the rest of it is
+    /// not looked at.
+    fn simple(&self, head: u16, len: usize) -> Option<Range<usize>> {
         let d = self.descriptor(16 * usize::from(head));
-        if first
-            && d.flags & (DESC_NEXT | DESC_WRITE | DESC_INDIRECT) == DESC_WRITE
-            && d.len as usize >= left
-            && let Some((at, room)) = self.find(d.addr)
-            && room >= left
-        {
-            return Ok(vec![at..at + left]);
-        }
-        let walk = self.walk(head, true, u64::MAX)?;
-        read.extend(walk.read);
-        Ok(walk.buffers)
+        let single = d.flags & (DESC_NEXT | DESC_WRITE | DESC_INDIRECT) == DESC_WRITE;
+        let (at, room) = self.find(d.addr)?;
+        (single && d.len as usize >= len && room >= len).then(|| at..at + len)
+    }
+
+    /// A chain's buffers.
+    fn writable(&self, head: u16, read: &mut Vec<Range<usize>>) -> Result<Vec<Range<usize>>, ChainFault> {
+        let mut walk = Walk::default();
+        let walked = self.walk_into(&mut walk, head, true, u64::MAX);
+        read.append(&mut walk.read);
+        walked.map(|()| walk.buffers)
     }
 }
 
@@ -511,7 +536,7 @@ impl Rig {
     pub fn send(&mut self, ring: &mut TxRing, frames: &mut Frames) -> Result<Sent, RingFault> {
         let mut sent = Sent::default();
         loop {
-            let expected = self.model.available();
+            let expected = self.model.available(u16::try_from(BURST_MAX).unwrap());
             let burst = match ring.dequeue(frames) {
                 Ok(burst) => burst,
                 Err(fault) => {

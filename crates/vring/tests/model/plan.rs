@@ -1,9 +1,10 @@
 //! Random rings: what a driver offers, well-formed or not.
+#![allow(unreachable_pub)]
 
 use proptest::prelude::*;
 use vring::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, features};
 
-use super::{Model, noise, regions};
+use crate::model::{Model, noise, regions};
 
 /// Rings before, indirect tables, then buffers.
 const TABLES: usize = 0x8000;

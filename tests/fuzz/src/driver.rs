@@ -1,0 +1,92 @@
+//! A driver that does what an input says.
+
+use vring::{Descriptor, features};
+
+use crate::Input;
+use crate::model::{Model, Rig, noise, regions};
+
+const TABLES: u64 = 0x800;
+const BUFFERS: u64 = 0x1000;
+const IMAGE: usize = 0x1_0000;
+
+/// A ring in three regions.
+pub struct Driver {
+    pub rig: Rig,
+    avail: u16,
+}
+
+/// What came of a step.
+pub enum Step {
+    Done,
+    /// The device's turn.
+    Turn,
+}
+
+impl Driver {
+    pub fn new(input: &mut Input<'_>) -> Self {
+        let size = 1 << (input.byte() % 6);
+        let bits = input.byte();
+        let known = [features::INDIRECT_DESC, features::MRG_RXBUF, features::VERSION_1, features::EVENT_IDX];
+        let features = (0..).zip(known).filter(|(i, _)| bits >> i & 1 != 0).map(|(_, bit)| 1u64 << bit).sum();
+        let base = input.word();
+        let cut = 1 + usize::from(input.byte()) * 32;
+        let gap = u64::from(input.byte() % 3);
+        let parts = [(BUFFERS as usize, 0), (cut, gap), (IMAGE - BUFFERS as usize - cut, gap / 2)];
+        let rig = Rig::new(Model::new(noise(IMAGE, 1), regions(&parts), size, features, base));
+        Self { rig, avail: base }
+    }
+
+    /// One step.
+    pub fn step(&mut self, input: &mut Input<'_>) -> Step {
+        let model = &mut self.rig.model;
+        match input.byte() % 6 {
+            0 => {
+                let slot = u16::from(input.byte()) % model.size;
+                let descriptor = descriptor(model, input);
+                model.put_descriptor(16 * usize::from(slot), descriptor);
+            }
+            1 => {
+                let slot = usize::from(input.byte());
+                let descriptor = descriptor(model, input);
+                // Tables are not always aligned.
+                model.put_descriptor(TABLES as usize + 15 * (slot % 128), descriptor);
+            }
+            2 => {
+                model.offer(self.avail, u16::from(input.byte()) % (model.size + 1));
+                self.avail = self.avail.wrapping_add(1);
+            }
+            3 => {
+                // Mostly what was offered.
+                let by = input.byte();
+                let by = if by < 240 { 0 } else { i16::from(by) - 248 };
+                model.publish(self.avail.wrapping_add_signed(by));
+            }
+            4 => {
+                let at = usize::from(input.word());
+                model.image[at] = input.byte();
+            }
+            _ => return Step::Turn,
+        }
+        Step::Done
+    }
+}
+
+fn descriptor(model: &Model, input: &mut Input<'_>) -> Descriptor {
+    let (kind, at, len) = (input.byte(), u64::from(input.word()), u32::from(input.word()));
+    let flags = u16::from(input.byte());
+    let next = u16::from(input.byte());
+    let base = model.regions[0].guest;
+    let edge = |region: usize| {
+        let region = model.regions[region % model.regions.len()];
+        region.guest + region.len as u64
+    };
+    let addr = match kind % 8 {
+        0 => base + TABLES + at % (BUFFERS - TABLES),
+        1 => base + at % TABLES,
+        2 => edge(usize::from(kind >> 3)) - u64::from(len) + at % 3 - 1,
+        3 => at.rotate_right(u32::from(kind >> 3)),
+        _ => base + BUFFERS + at,
+    };
+    let len = if kind == 0xff { len.rotate_right(8) } else { len };
+    Descriptor { addr, len, flags, next }
+}
