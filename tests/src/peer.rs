@@ -344,6 +344,13 @@ impl Peer {
         self.pairs[queue].rx.publish();
     }
 
+    /// Offers again what the device returned from queue `queue`, empty or not, unseen.
+    pub fn reoffer(&mut self, queue: usize) {
+        let rx = &mut self.pairs[queue].rx;
+        rx.reclaim();
+        self.offer_all();
+    }
+
     /// The next frame on queue `queue`, if there is one, its buffers given back.
     pub fn receive(&mut self, queue: usize) -> Option<(wire::VnetHeader, Vec<u8>)> {
         let mut frame = Vec::new();
