@@ -93,8 +93,12 @@ impl Demo {
     fn boot_guest(&self, name: &str, role: Role, mac: &str, address: &str) -> Result<Guest> {
         let how = if role == Role::Client { "connects to" } else { "listens on" };
         self.progress(&format!("guest {name}: QEMU {how} its socket"));
-        let guest =
-            Guest::boot(&GuestConfig::new(name, vec![Nic::new(&self.daemon.socket(name), role, mac)]))?;
+        let mut nic = Nic::new(&self.daemon.socket(name), role, mac);
+        if role == Role::Server {
+            // A guest that sees its link go down forgets its neighbours, and misses them for a second.
+            nic.properties = vec!["status=off".into()];
+        }
+        let guest = Guest::boot(&GuestConfig::new(name, vec![nic]))?;
         guest.check(&format!("ip addr add {address}/24 dev eth0 && ip link set eth0 up"))?;
         Ok(guest)
     }
