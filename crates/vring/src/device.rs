@@ -58,6 +58,8 @@ pub(crate) struct DeviceRing {
     /// Bytes of virtio-net header in this ring: 12, or 10 (legacy without MRG_RXBUF).
     pub(crate) header_len: u32,
     pub(crate) mergeable: bool,
+    /// Descriptors walked in this burst.
+    walked: u32,
     event_idx: bool,
     indirect: bool,
     setup: RingSetup,
@@ -78,6 +80,7 @@ impl DeviceRing {
             used: split.used_idx(),
             header_len: if mergeable || has(features::VERSION_1) { 12 } else { 10 },
             mergeable,
+            walked: 0,
             event_idx: has(features::EVENT_IDX),
             indirect: has(features::INDIRECT_DESC),
             setup,
@@ -182,13 +185,26 @@ impl DeviceRing {
         self.setup.err = err;
     }
 
+    /// A burst begins: its chains may be walked.
+    #[inline]
+    pub(crate) fn begin_burst(&mut self) {
+        self.walked = 0;
+    }
+
+    /// Whether this burst has walked so many descriptors that no more chain may be begun. Each chain is bounded by the
+    /// ring's size, and so would be their number: size² descriptors a frame, if nobody counted.
+    #[inline]
+    pub(crate) fn walked_enough(&self) -> bool {
+        self.walked > u32::from(self.split.size()) + WALK_MAX
+    }
+
     /// Visits the buffers of the chain that begins with `first`, contiguous piece by contiguous piece, empty ones left
     /// out. `writable` says which direction every buffer must have. `visit` returns false to refuse a piece.
     ///
     /// Bounded: a chain has at most `size` descriptors, in the ring and in its indirect table together, because the
     /// specification allows no more (virtio 1.2, 2.7.5.3.1) and a loop would have.
     pub(crate) fn walk(
-        &self,
+        &mut self,
         first: Descriptor,
         writable: bool,
         mut visit: impl FnMut(*mut u8, u32) -> bool,
@@ -198,6 +214,7 @@ impl DeviceRing {
         let mut descriptor = first;
         loop {
             budget = budget.checked_sub(1).ok_or(ChainFault::Malformed)?;
+            self.walked += 1;
             if descriptor.flags & DESC_INDIRECT != 0 {
                 if table.is_some() {
                     return Err(ChainFault::Malformed);
@@ -285,6 +302,9 @@ impl DeviceRing {
     }
 }
 
+/// Descriptors that one burst may walk beyond the ring's size: a proper driver's burst has less, even if each of 64 frames
+/// looks in vain at 64 buffers.
+const WALK_MAX: u32 = 64 * 64;
 /// Bytes of a descriptor.
 const ENTRY_LEN: u32 = 16;
 

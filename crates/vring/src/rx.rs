@@ -81,6 +81,7 @@ impl RxRing {
         let ring = &mut self.ring;
         #[allow(clippy::cast_possible_truncation)]
         let available = ring.available(left.count_ones() as u16)?;
+        ring.begin_burst();
         #[allow(clippy::cast_possible_truncation)]
         for i in 0..available.min(left.count_ones() as u16) {
             ring.split.prefetch_descriptor(ring.split.avail_entry(ring.next.wrapping_add(i)));
@@ -178,6 +179,11 @@ impl RxRing {
         let mut left = len;
         let mut count = 0u16;
         loop {
+            if self.ring.walked_enough() {
+                // Buffers of which that many do not hold a frame are no use: away with them.
+                let refused = Placed::Refused(count, Refused::Chain(ChainFault::Malformed));
+                return Ok(if count == 0 { Placed::Full } else { refused });
+            }
             // All of a frame's buffers must be there at once: a part of a frame is never published.
             if self.ring.available(taken + count + 1)? <= taken + count {
                 return Ok(Placed::Full);

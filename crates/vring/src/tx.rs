@@ -42,6 +42,7 @@ impl TxRing {
     pub fn dequeue<'m>(&'m mut self, frames: &'m mut Frames) -> Result<TxBurst<'m>, RingFault> {
         let ring = &mut self.ring;
         frames.clear();
+        ring.begin_burst();
         let mut heads = [0u16; BURST_MAX];
         let count = ring.available(BURST)?.min(BURST);
         if count != 0 {
@@ -138,7 +139,7 @@ fn fetch_chains(ring: &mut DeviceRing, frames: &mut Frames, heads: &[u16]) -> Re
             frames.push_single(at, descriptor.len, room);
         } else {
             fetch_chain(ring, frames, descriptor);
-            if !frames.has_room() {
+            if !frames.has_room() || ring.walked_enough() {
                 break;
             }
         }
@@ -148,12 +149,13 @@ fn fetch_chains(ring: &mut DeviceRing, frames: &mut Frames, heads: &[u16]) -> Re
 
 /// A chain that is not simply one buffer in one region: walks it with every check.
 #[inline(never)]
-fn fetch_chain(ring: &DeviceRing, frames: &mut Frames, descriptor: Descriptor) {
+fn fetch_chain(ring: &mut DeviceRing, frames: &mut Frames, descriptor: Descriptor) {
     let first = frames.begin_chain();
+    let longest = FRAME_LEN_MAX + ring.header_len;
     let mut len = 0u32;
     let walked = ring.walk(descriptor, false, |at, part| {
         len = len.saturating_add(part);
-        len <= FRAME_LEN_MAX + ring.header_len && frames.push_piece(at, part)
+        len <= longest && frames.push_piece(at, part)
     });
     match walked {
         Ok(()) if len < ring.header_len + 14 => frames.abandon_chain(first, ChainFault::Short),

@@ -6,6 +6,7 @@
 #![allow(dead_code, unreachable_pub, reason = "each test uses its part")]
 #![allow(clippy::unwrap_used, clippy::single_range_in_vec_init)]
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -52,6 +53,8 @@ pub struct Model {
     pub used: u16,
     /// Available index as last seen.
     seen: u16,
+    /// Descriptors walked since the burst began.
+    walked: Cell<u32>,
 }
 
 /// A chain's buffers as ranges of the image, and the descriptors that were read for them.
@@ -83,6 +86,7 @@ impl Model {
             next: base,
             used: base,
             seen: base,
+            walked: Cell::new(0),
         };
         model.image[..used + 6 + 8 * usize::from(size)].fill(0);
         model.put16(used + 2, base);
@@ -137,13 +141,7 @@ impl Model {
     }
 
     pub fn descriptor(&self, at: usize) -> Descriptor {
-        let bytes = &self.image[at..at + 16];
-        Descriptor {
-            addr: u64::from_le_bytes(bytes[..8].try_into().unwrap()),
-            len: u32::from_le_bytes(bytes[8..12].try_into().unwrap()),
-            flags: u16::from_le_bytes(bytes[12..14].try_into().unwrap()),
-            next: u16::from_le_bytes(bytes[14..].try_into().unwrap()),
-        }
+        descriptor(&self.image[at..at + 16])
     }
 
     /// What the device does to the ring when it starts: it polls, so it wants no kicks.
@@ -226,6 +224,7 @@ impl Model {
             let d = self.gathered(&bytes_of);
             walk.read.extend(bytes_of);
             if d.flags & DESC_INDIRECT != 0 {
+                self.walked.update(|n| n + 1);
                 let fits = (16..=16 * u32::from(self.size)).contains(&d.len) && d.len.is_multiple_of(16);
                 if !self.has(features::INDIRECT_DESC) || table.is_some() || d.flags & DESC_NEXT != 0 || !fits
                 {
@@ -236,7 +235,11 @@ impl Model {
                 continue;
             }
             count += 1;
-            if count > self.size || (d.flags & DESC_WRITE != 0) != writable {
+            if count > self.size {
+                return Err(ChainFault::Malformed);
+            }
+            self.walked.update(|n| n + 1);
+            if (d.flags & DESC_WRITE != 0) != writable {
                 return Err(ChainFault::Malformed);
             }
             self.buffer(d, most, &mut bytes, &mut walk.buffers)?;
@@ -250,7 +253,7 @@ impl Model {
     /// A descriptor that may lie in two regions.
     fn gathered(&self, ranges: &[Range<usize>]) -> Descriptor {
         let bytes: Vec<u8> = ranges.iter().flat_map(|r| self.image[r.clone()].iter().copied()).collect();
-        Self { image: bytes, regions: Vec::new(), ..*self }.descriptor(0)
+        descriptor(&bytes)
     }
 
     fn buffer(
@@ -335,6 +338,7 @@ impl Model {
         let mut placed = Placed { result: Ok(Enqueued::default()), tangled: false, written: Vec::new() };
         let mut read = vec![0..self.ring[2] + 6 + 8 * usize::from(self.size)];
         let mut taken = 0;
+        self.walked.set(0);
         let first = self.available(u16::try_from(frames.len()).unwrap());
         placed.result = first.and_then(|available| {
             let mut done = Enqueued::default();
@@ -378,6 +382,14 @@ impl Model {
                 room.push(buffer);
                 heads.push((head, left));
                 left = 0;
+                break;
+            }
+            if self.walked.get() > u32::from(self.size) + 4096 {
+                if heads.is_empty() {
+                    done.full += 1;
+                    return Ok(0);
+                }
+                fault = Some(ChainFault::Malformed);
                 break;
             }
             if self.available(step + 1)? <= step {
@@ -442,6 +454,16 @@ impl Model {
         let walked = self.walk_into(&mut walk, head, true, u64::MAX);
         read.append(&mut walk.read);
         walked.map(|()| walk.buffers)
+    }
+}
+
+/// A descriptor as it lies in memory (virtio 1.2, 2.7.5).
+fn descriptor(bytes: &[u8]) -> Descriptor {
+    Descriptor {
+        addr: u64::from_le_bytes(bytes[..8].try_into().unwrap()),
+        len: u32::from_le_bytes(bytes[8..12].try_into().unwrap()),
+        flags: u16::from_le_bytes(bytes[12..14].try_into().unwrap()),
+        next: u16::from_le_bytes(bytes[14..16].try_into().unwrap()),
     }
 }
 
