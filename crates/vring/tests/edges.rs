@@ -150,6 +150,39 @@ fn buffers_up_to_the_last_byte_of_memory() {
     }
 }
 
+/// Chains, burst after burst in one ring, so that all indices wrap: nothing adds up, nothing is lost.
+#[test]
+fn many_bursts_of_chains() {
+    let (size, rounds) = (64, 5000);
+    for writable in [false, true] {
+        let image = noise(0x4000, 5);
+        let mut m = Model::new(image, regions(&[(0x4000, 0)]), size, MERGEABLE, 0xfff0);
+        let addr = m.guest_addr(0x2000);
+        let flags = if writable { DESC_WRITE } else { 0 };
+        for i in (0..size).step_by(2) {
+            let at = addr + 128 * u64::from(i);
+            let slot = 16 * usize::from(i);
+            m.put_descriptor(slot, Descriptor { addr: at, len: 60, flags: flags | DESC_NEXT, next: i + 1 });
+            m.put_descriptor(slot + 16, Descriptor { addr: at + 64, len: 60, flags, next: 0 });
+        }
+        let mut rig = Rig::new(m);
+        let (mut tx, mut rx) = (rig.start_tx(), rig.start_rx());
+        let mut room = Frames::default();
+        let frame = noise(120, 1);
+        for round in 0..rounds {
+            offer(&mut rig.model, (0..size).step_by(8));
+            rig.load();
+            if writable {
+                let burst = copies(&mut room, &frame, 8);
+                let done = rig.receive(&mut rx, &burst, &vec![frame.clone(); 8]).unwrap().unwrap();
+                assert_eq!(done.frames, 8, "round {round}");
+            } else {
+                assert_eq!(rig.send(&mut tx, &mut room).unwrap().frames.len(), 8, "round {round}");
+            }
+        }
+    }
+}
+
 /// One entry over and over: every entry is a chain of its own.
 #[test]
 fn the_same_head_in_all_entries() {
