@@ -47,8 +47,10 @@ impl Canary {
         };
         let stop = Arc::new((Mutex::new(false), Condvar::new()));
         let stopped = stop.clone();
-        let thread =
-            std::thread::Builder::new().name("canary".into()).spawn(move || sing(peers, &stopped))?;
+        // Made here, so that a census taken from now on has it.
+        let ear = Ear::of(&peers)?;
+        let thread = std::thread::Builder::new().name("canary".into());
+        let thread = thread.spawn(move || sing(peers, &ear, &stopped))?;
         Ok(Self { ports, stop, thread: Some(thread) })
     }
 
@@ -84,14 +86,13 @@ impl Drop for Canary {
 }
 
 /// Plays rounds until stopped. Returns how many.
-fn sing(mut peers: [Peer; 2], stop: &(Mutex<bool>, Condvar)) -> Result<u64> {
+fn sing(mut peers: [Peer; 2], ear: &Ear, stop: &(Mutex<bool>, Condvar)) -> Result<u64> {
     let oracle = Oracle::new(RUN);
     let id = std::process::id();
     let macs = [[2, 0xca, 0, 0, 0, 1], [2, 0xca, 0, 0, 0, 2]];
     let flows =
         [0, 1].map(|n| Flow { id: id.wrapping_add(n), src: macs[n as usize], dst: macs[1 - n as usize] });
     let mut checkers = [Checker::new(flows[1]), Checker::new(flows[0])];
-    let ear = Ear::of(&peers)?;
     let mut frame = Vec::new();
     let mut rounds = 0;
     loop {

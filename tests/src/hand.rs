@@ -20,6 +20,9 @@ pub const BUFFERS: usize = 8 << 20;
 /// Bytes of memory in all.
 pub const MEMORY: usize = 16 << 20;
 
+/// What RX buffers hold before the device writes them: see [`Hand::poison`].
+pub const POISON: u8 = 0xe7;
+
 /// What a hand-driven guest looks like.
 #[derive(Clone, Debug)]
 pub struct HandConfig {
@@ -170,6 +173,11 @@ impl Hand {
         ring.post(0);
         ring.expect_used()?;
         Ok(())
+    }
+
+    /// Fills `len` bytes from [`BUFFERS`] on with [`POISON`].
+    pub fn poison(&self, len: usize) {
+        self.memory.write(BUFFERS, &vec![POISON; len]);
     }
 
     /// Bytes of its memory.

@@ -102,6 +102,11 @@ impl Plane {
                 log.lock().unwrap_or_else(PoisonError::into_inner).push(event);
             }),
         })?;
+        // A thread has its name, and what it opens, when it first runs: a census must not come before that.
+        until("the threads", || {
+            let named = Census::take().is_ok_and(|census| census.threads == cpus + 1);
+            named && dataplane.heartbeats().iter().all(|beats| *beats != 0)
+        })?;
         let dir = tempfile::tempdir().context("a directory for the sockets")?;
         Ok(Self { dataplane, events, dir, before, alone })
     }

@@ -77,6 +77,17 @@ impl Stage {
         Ok(Self { plane, canary, idle, port, neighbour_port, neighbour, book, oracle, flow, checker })
     }
 
+    /// The same with a hostile guest there that has sent a frame, so that the switch knows where it is; its neighbour
+    /// can send frames of any length.
+    pub fn introduced(config: &HandConfig) -> Result<(Self, Hand)> {
+        let plan = PortPlan { mtu: MTU, ..PortPlan::new("hostile", NETWORK) };
+        let neighbour = PeerConfig { features: MERGEABLE, tx_len: 70_000, ..PeerConfig::default() };
+        let mut stage = Self::with(plan, neighbour)?;
+        let mut hand = stage.connect(config)?;
+        stage.good(&mut hand)?;
+        Ok((stage, hand))
+    }
+
     /// The dataplane.
     pub fn plane(&self) -> &Plane {
         &self.plane
@@ -218,6 +229,14 @@ impl Stage {
         until("the neighbour's frame", || self.neighbour.unused(0) == 0)
     }
 
+    /// Begins anew after mischief whose outcome is nobody's to foresee, with no ring of the hostile guest running:
+    /// counters as they are, and frames that reached the neighbour thrown away.
+    pub fn forget(&mut self) -> Result<()> {
+        while self.neighbour.receive(0).is_some() {}
+        self.book = Ledger::from(&self.plane.counters(self.port)?);
+        Ok(())
+    }
+
     /// The hostile port has counted exactly what the book says.
     pub fn settle(&self) -> Result<()> {
         self.plane.expect_counters(self.port, &self.book)
@@ -229,6 +248,13 @@ impl Stage {
         self.idle.expect_back().context("after the hostile guest left")
     }
 
+    /// Everything is counted, the hostile guest leaves, and it all ends.
+    pub fn end(self, hand: Hand) -> Result<()> {
+        self.settle()?;
+        drop(hand);
+        self.finish()
+    }
+
     /// Ends it all: the hostile guest must have left.
     pub fn finish(self) -> Result<()> {
         self.expect_idle()?;
@@ -236,6 +262,13 @@ impl Stage {
         self.canary.finish(&self.plane)?;
         self.plane.finish()
     }
+}
+
+/// A frame of `len` bytes from the neighbour to the hostile guest; its bytes differ from place to place.
+pub fn to_hostile(len: usize) -> Vec<u8> {
+    let mut bytes: Vec<u8> = (0..len).map(|i| (i * 31 % 251).to_le_bytes()[0]).collect();
+    bytes[..14].copy_from_slice(&frame(HOSTILE, NEIGHBOUR, 0));
+    bytes
 }
 
 /// A frame with `payload` zeros behind an experimental EtherType.

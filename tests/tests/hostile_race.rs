@@ -98,8 +98,7 @@ fn over(mut stage: Stage, mut hand: Hand) -> Result<()> {
     // One drop is the introduction that nobody heard.
     let lost = have.dropped() - 1 + got.dropped();
     ensure!(have.rx == got.tx + lost, "{have:?} from the guest, {got:?} to its neighbour");
-    while stage.neighbour.receive(0).is_some() {}
-    stage.book = have;
+    stage.forget()?;
     stage.good(&mut hand)?;
     drop(hand);
     stage.finish()
@@ -192,7 +191,7 @@ fn r31_header_and_addresses_that_change_meanwhile_are_decided_on_once() -> Resul
     drop((flipper, other));
     stage.plane().expect_alone(other_port)?;
     stage.plane().dataplane().remove_port(other_port);
-    stage.book = Ledger::from(&stage.plane().counters(stage.port)?);
+    stage.forget()?;
     drop(hand);
     stage.plane().expect_alone(stage.port)?;
     let mut hand = stage.connect(&HandConfig::default())?;

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use dataplane::DropReason::{GuestDescriptorInvalid, LinkLocal};
 use dataplane::{EventKind, RingReport};
 use e2e::hand::{BUFFERS, Hand, HandConfig, readable};
-use e2e::inproc::{Ledger, PortPlan, count, until};
+use e2e::inproc::{PortPlan, count, until};
 use e2e::oracle::split_mix;
 use e2e::peer::{MERGEABLE, MODERN, PeerConfig};
 use e2e::stage::{HOSTILE, MTU, NEIGHBOUR, NETWORK, Stage, frame, plain};
@@ -193,7 +193,7 @@ fn r27_areas_that_overlap_harm_only_their_own_ring() -> Result<()> {
         }
         // The session still answers, and a lawful ring in the same place carries frames.
         hand.restart(1).with_context(|| (*what).to_owned())?;
-        stage.book = Ledger::from(&stage.plane().counters(stage.port)?);
+        stage.forget()?;
         stage.good(&mut hand).with_context(|| (*what).to_owned())?;
         drop(hand);
         stage.expect_idle()?;
@@ -223,7 +223,7 @@ fn rx_buffer_on(places: &[(&str, usize, usize)]) -> Result<()> {
         for index in 0..4 {
             hand.restart(index)?;
         }
-        stage.book = Ledger::from(&stage.plane().counters(stage.port)?);
+        stage.forget()?;
         stage.good(&mut hand).with_context(|| (*what).to_owned())?;
         drop(hand);
         stage.expect_idle()?;
