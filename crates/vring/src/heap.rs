@@ -213,6 +213,24 @@ fn merged_buffers_and_frames_of_our_own() {
     assert!(guest.read(BUFFERS + 812, 60) == own[1]);
 }
 
+/// The device may copy more than a short frame has, but not beyond the memory.
+#[test]
+fn a_short_frame_at_the_end_of_memory() {
+    let mut guest = Guest::new();
+    let mut tx = guest.tx(MODERN);
+    for (i, end) in [LEN, LEN - 1, SEAM].into_iter().enumerate() {
+        let frame = pattern(60, i);
+        guest.write(end - 72, &[&[0; 12][..], &frame].concat());
+        guest.offer(&[(end - 72, 72)], 0);
+        let mut frames = Frames::default();
+        let burst = tx.dequeue(&mut frames).unwrap();
+        let mut got = Vec::new();
+        burst.burst.gather(0, &mut got);
+        assert!(got == frame);
+        burst.complete();
+    }
+}
+
 #[test]
 fn indirect_tables() {
     for table in [BUFFERS, SEAM - 16, SEAM - 24, SEAM - 7] {
