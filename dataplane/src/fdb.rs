@@ -1,7 +1,7 @@
 //! The forwarding database of one network: which address is behind which port.
 //!
 //! Shared by all workers without locks. An entry is one 64-bit word, address and port together, so a reader sees either
-//! of two states and nothing between. Entries live in buckets of [`WAYS`] (a cache line); a bucket is chosen by a keyed
+//! of two states and nothing between. Entries live in buckets of `WAYS` (a cache line); a bucket is chosen by a keyed
 //! hash, because guests choose addresses and must not choose collisions. Buckets are made when they are first needed, in
 //! chunks, so that a small network costs little memory.
 //!

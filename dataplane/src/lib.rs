@@ -2,19 +2,19 @@
 //!
 //! # A frame's way
 //!
-//! 1. [`worker`]: a thread polls its sources, a burst from each a turn;
+//! 1. `worker`: a thread polls its sources, a burst from each a turn;
 //! 2. `vring::TxRing::dequeue`: descriptors are fetched and checked, first bytes copied to private memory (a TAP's frames
-//!    are read by [`tap`]);
-//! 3. [`switch`]: every frame is classified on its private bytes: header, addresses, [`fdb`];
-//! 4. [`deliver`]: the frames for one destination go into its RX ring or TAP, payload straight from guest to guest;
+//!    are read by `tap`);
+//! 3. `switch`: every frame is classified on its private bytes: header, addresses, `fdb`;
+//! 4. `deliver`: the frames for one destination go into its RX ring or TAP, payload straight from guest to guest;
 //! 5. back in the worker: the chains are returned to the sender, who is called if it wants that.
 //!
-//! A frame that is not delivered counts one of [`drops`], on the port whose fault it is. Nothing outlives its burst.
+//! A frame that is not delivered counts one of `drops`, on the port whose fault it is. Nothing outlives its burst.
 //!
 //! # Threads
 //!
-//! Workers, one per lcore; and the session thread of `vhost_user`, which starts and stops rings through [`guest`]. They
-//! share [`port`]: each ring behind a lock of its own, taken once a burst. Control adds and removes ports by
+//! Workers, one per lcore; and the session thread of `vhost_user`, which starts and stops rings through `guest`. They
+//! share `port`: each ring behind a lock of its own, taken once a burst. Control adds and removes ports by
 //! [`Dataplane`] and reads counters at any time.
 #![forbid(unsafe_code)]
 
