@@ -2,13 +2,19 @@
 #
 #   demo    two QEMU guests and the host on one network, ten minutes from a fresh clone
 #   test    all tests
-#   soak    the end-to-end tests with the full counts where `test` runs a part of them
+#   soak    the end-to-end tests with the full counts where `test` runs a part of them, Miri, half an hour a fuzz target
 #   bench   criterion benches, start-up and memory, then the same traffic through vhostd and DPDK
 #   lint    format, clippy and docs, warnings are errors
 #
 # test and lint build the dev profile, demo, soak and bench the release profile, each once.
 
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
+
+# The notification protocols and the workers' mailbox, every interleaving.
+MODELS = RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=$(CARGO_TARGET_DIR)/loom \
+	cargo test -p vring -p dataplane --lib --release models
+# Undefined behaviour in the rings' logic.
+MIRI = CARGO_TARGET_DIR=$(CARGO_TARGET_DIR)/miri cargo +nightly miri test -p vring --lib
 
 .PHONY: demo test soak bench lint
 
@@ -17,14 +23,18 @@ demo:
 
 # All targets in one build, so that the features of dependencies are the same for the daemon and for the tests.
 test:
-	tests/setup.sh build guest dpdk
+	tests/setup.sh build guest dpdk fuzz
 	cargo build --workspace --bins --tests
 	cargo test --workspace
+	$(MODELS)
+	tests/fuzz/run.sh 20
 
 soak:
-	tests/setup.sh build guest dpdk
+	tests/setup.sh build guest dpdk fuzz
 	cargo build --release --workspace --bins --tests
 	VHOSTD_SOAK=1 cargo test --release -p e2e
+	$(MIRI)
+	tests/fuzz/run.sh 1800
 
 bench:
 	tests/setup.sh build dpdk

@@ -1,9 +1,10 @@
 #!/bin/bash
-# Gets a Debian 12 machine ready: setup.sh [build] [guest] [dpdk] [lint]
+# Gets a Debian 12 machine ready: setup.sh [build] [guest] [dpdk] [fuzz] [lint]
 #
 #   build   a linker, and a look at the Rust tool chain, which is not ours to install
 #   guest   QEMU, and the test guest in target/guest (guest/build.sh)
 #   dpdk    dpdk-testpmd
+#   fuzz    cargo-fuzz; a nightly tool chain is not ours to install
 #   lint    rustfmt and clippy are there
 #
 # Without arguments: all of them. What is there is not touched; when all is there this takes no time and needs no root.
@@ -26,8 +27,9 @@ needs() {
             ip:iproute2 bridge:iproute2 dash:dash ethtool:ethtool iperf3:iperf3 flock:util-linux
         ;;
     dpdk) echo dpdk-testpmd:dpdk-dev ;;
+    fuzz) echo c++:g++ ;;
     lint) ;;
-    *) fail "unknown part: $1 (parts: build guest dpdk lint)" ;;
+    *) fail "unknown part: $1 (parts: build guest dpdk fuzz lint)" ;;
     esac
 }
 
@@ -52,8 +54,8 @@ check_rust() {
     wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$root/Cargo.toml")
     found=$(cd "$root" && rustc --version 2>/dev/null | cut -d ' ' -f 2) || true
     if [ "$(printf '%s\n' "$wanted" "${found:-0}" | sort -V | head -n 1)" != "$wanted" ]; then
-        fail "Rust $wanted or newer is needed, found: ${found:-none}. Debian 12 has an older one; https://rustup.rs has it:" \
-            "    curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y && . ~/.cargo/env"
+        fail "Rust $wanted or newer is needed, found: ${found:-none}. Debian 12 has an older one:" \
+            "    install rustup, then: rustup toolchain install stable"
     fi
 }
 
@@ -63,7 +65,14 @@ check_lint() {
     fi
 }
 
-[ $# -gt 0 ] || set -- build guest dpdk lint
+check_fuzz() {
+    if ! cargo +nightly --version >/dev/null 2>&1; then
+        fail "fuzz targets need a nightly tool chain:" "    rustup toolchain install nightly --profile minimal"
+    fi
+    cargo fuzz --version >/dev/null 2>&1 || cargo install --quiet --locked cargo-fuzz
+}
+
+[ $# -gt 0 ] || set -- build guest dpdk fuzz lint
 needs=()
 for part; do
     words=$(needs "$part")
@@ -75,6 +84,7 @@ for part; do
     case $part in
     build) check_rust ;;
     guest) "$root/tests/guest/build.sh" "$root/target/guest" ;;
+    fuzz) check_fuzz ;;
     lint) check_lint ;;
     esac
 done
