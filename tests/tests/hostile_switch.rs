@@ -355,6 +355,42 @@ fn frames_sent_to_a_sleeping_worker_arrive() -> Result<()> {
     net.finish()
 }
 
+/// Batches of every size up to a burst and beyond: each is heard of, whether it ends a burst or not.
+#[test]
+fn batches_of_any_size_are_called_for() -> Result<()> {
+    let config = PeerConfig { ring_size: 256, ..PeerConfig::default() };
+    for features in [config.features, config.features | 1 << vring::features::EVENT_IDX] {
+        let mut net = Net::with(2, PeerConfig { features, ..config }, MTU)?;
+        net.reaches(0, &frame(BROADCAST, mac(0), 46), &[1])?;
+        net.reaches(1, &frame(mac(0), mac(1), 46), &[0])?;
+        for batch in (1..=100).chain(1..=20) {
+            let rx = &mut net.peers[1].pairs[0].rx;
+            ensure!(rx.ring.want_call(), "nothing is left of the batch before");
+            // Calls for what was received already are no news.
+            let _ = rx.bells.call.read();
+            for _ in 0..batch {
+                ensure!(net.peers[0].send(0, &plain(), &[&frame(mac(1), mac(0), 46)]));
+            }
+            net.peers[0].flush(0);
+            let call = &net.peers[1].pairs[0].rx.bells.call;
+            until("a call", || call.read().is_ok()).with_context(|| format!("for a batch of {batch}"))?;
+            let mut left = batch;
+            until("the batch", || {
+                while net.peers[1].receive(0).is_some() {
+                    left -= 1;
+                }
+                left == 0
+            })?;
+            let sender = &mut net.peers[0];
+            until("the batch to be used", || sender.unused(0) == 0)?;
+            net.books[0].rx += batch;
+            net.books[1].tx += batch;
+        }
+        net.finish()?;
+    }
+    Ok(())
+}
+
 /// CPU time of the workers and the session thread, clock ticks.
 fn ticks() -> Result<u64> {
     let mut sum = 0;
