@@ -106,7 +106,6 @@ impl Dataplane {
         let system = |what: &str, cause: io::Error| Error::System { what: what.into(), cause };
         let events = Arc::new(Events { sink: config.on_event });
         let started = now();
-        check_cpus(&config.cpus)?;
         let cpus: Vec<_> =
             if config.cpus.is_empty() { vec![None] } else { config.cpus.iter().copied().map(Some).collect() };
         let shared = (0..).zip(cpus).map(|(index, cpu)| WorkerShared::new(index, cpu).map(Arc::new));
@@ -127,8 +126,7 @@ impl Dataplane {
         };
         for shared in workers.iter() {
             let worker = Worker::new(shared.clone(), config.poll, config.ageing, started, events.clone());
-            let thread = spawn(shared.clone(), worker).map_err(|e| system("thread of a worker", e))?;
-            plane.threads.push(thread);
+            plane.threads.push(spawn(shared.clone(), worker)?);
         }
         let sessions = Sessions::start(Limits::default(), Box::new(|_, _| {}));
         plane.sessions = Some(sessions.map_err(|e| system("session thread", e))?);
@@ -363,32 +361,34 @@ impl Drop for Dataplane {
     }
 }
 
-fn spawn(shared: Arc<WorkerShared>, worker: Worker) -> io::Result<JoinHandle<()>> {
-    let name = format!("worker-{}", shared.index);
-    std::thread::Builder::new().name(name).spawn(move || {
-        if let Some(cpu) = shared.cpu {
-            let mut set = rustix::thread::CpuSet::new();
-            set.set(cpu);
-            if let Err(error) = rustix::thread::sched_setaffinity(None, &set) {
-                tracing::error!(cpu, %error, "cannot pin the worker to this lcore; it runs where it may");
-            }
+/// Starts a worker's thread; when it returns, the worker is pinned. One that cannot be pinned as asked would run where
+/// others do: that is an error.
+fn spawn(shared: Arc<WorkerShared>, worker: Worker) -> Result<JoinHandle<()>, Error> {
+    let error = |what: String, cause| Error::System { what, cause };
+    let (index, cpu) = (shared.index, shared.cpu);
+    let (tell, told) = mpsc::channel();
+    let thread = std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
+        let pinned = cpu.map_or(Ok(()), pin);
+        let run = pinned.is_ok();
+        if tell.send(pinned).is_ok() && run {
+            worker.run();
         }
-        worker.run();
-    })
+    });
+    let thread = thread.map_err(|e| error(format!("thread of worker {index}"), e))?;
+    match told.recv() {
+        Ok(Ok(())) => Ok(thread),
+        Ok(Err(cause)) => Err(error(format!("pinning a worker to lcore {}", cpu.unwrap_or(0)), cause)),
+        Err(_) => Err(error(format!("thread of worker {index}"), io::Error::other("it ended at once"))),
+    }
 }
 
-/// A worker that cannot be pinned as asked would run where others do: better not to start.
-fn check_cpus(cpus: &[usize]) -> Result<(), Error> {
-    let error = |what: String, cause| Error::System { what, cause };
-    let allowed = rustix::thread::sched_getaffinity(None);
-    let allowed = allowed.map_err(|e| error("lcores of this process".into(), e.into()))?;
-    match cpus.iter().find(|cpu| **cpu >= rustix::thread::CpuSet::MAX_CPU || !allowed.is_set(**cpu)) {
-        None => Ok(()),
-        Some(cpu) => {
-            let cause = io::Error::other("this process may not run there, or there is none");
-            Err(error(format!("a worker on lcore {cpu}"), cause))
-        }
+fn pin(cpu: usize) -> io::Result<()> {
+    if cpu >= rustix::thread::CpuSet::MAX_CPU {
+        return Err(io::Error::other("there is no such lcore"));
     }
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(cpu);
+    Ok(rustix::thread::sched_setaffinity(None, &set)?)
 }
 
 fn check_bounds(spec: &PortSpec) -> Result<(), Error> {
