@@ -126,7 +126,7 @@ impl Dataplane {
         };
         for shared in workers.iter() {
             let worker = Worker::new(shared.clone(), config.poll, config.ageing, started, events.clone());
-            plane.threads.push(spawn(shared.clone(), worker)?);
+            plane.threads.push(spawn(shared, worker)?);
         }
         let sessions = Sessions::start(Limits::default(), Box::new(|_, _| {}));
         plane.sessions = Some(sessions.map_err(|e| system("session thread", e))?);
@@ -363,7 +363,7 @@ impl Drop for Dataplane {
 
 /// Starts a worker's thread; when it returns, the worker is pinned. One that cannot be pinned as asked would run where
 /// others do: that is an error.
-fn spawn(shared: Arc<WorkerShared>, worker: Worker) -> Result<JoinHandle<()>, Error> {
+fn spawn(shared: &WorkerShared, worker: Worker) -> Result<JoinHandle<()>, Error> {
     let error = |what: String, cause| Error::System { what, cause };
     let (index, cpu) = (shared.index, shared.cpu);
     let (tell, told) = mpsc::channel();
