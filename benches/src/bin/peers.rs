@@ -4,7 +4,8 @@
 //! machines drift; medians and the ratio round by round are what counts. vhostd is a learning switch, DPDK's testpmd
 //! passes frames on without a look.
 //!
-//! `cargo run --release -p benches --bin peers [-- --rounds N --seconds S --json]`
+//! `cargo run --release -p benches --bin peers [-- --rounds N --seconds S --no-merge --json]`; with `--no-merge` the front
+//! ends do not negotiate mergeable buffers.
 #![forbid(unsafe_code)]
 
 use std::time::Duration;
@@ -57,6 +58,10 @@ fn main() -> Result<()> {
     let number = |name: &str, default: f64| value(name).map_or(Ok(default), |v| v.parse());
     let rounds = number("--rounds", 5.0).context("--rounds takes a number")?.max(1.0);
     let time = Duration::from_secs_f64(number("--seconds", 1.0).context("--seconds takes a number")?);
+    let mut config = LightConfig::default();
+    if args.iter().any(|a| a == "--no-merge") {
+        config.features &= !(1 << vring::features::MRG_RXBUF);
+    }
     let json = args.iter().any(|a| a == "--json");
     pin(FRONTEND_CPU);
     let mut rows = Vec::new();
@@ -64,8 +69,8 @@ fn main() -> Result<()> {
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         for round in 0..rounds as usize {
             eprintln!("{frame_bytes} B, round {} of {rounds}", round + 1);
-            ours.push(rate(&Backend::vhostd()?, frame_bytes, time)?);
-            theirs.push(rate(&Backend::testpmd()?, frame_bytes, time)?);
+            ours.push(rate(&Backend::vhostd()?, &config, frame_bytes, time)?);
+            theirs.push(rate(&Backend::testpmd()?, &config, frame_bytes, time)?);
         }
         let ratio = ours.iter().zip(&theirs).map(|(a, b)| a / b).collect();
         let row = Row {
@@ -89,9 +94,9 @@ fn main() -> Result<()> {
 }
 
 /// Millions of frames a second through a back end.
-fn rate(backend: &Backend, frame_bytes: usize, time: Duration) -> Result<f64> {
+fn rate(backend: &Backend, config: &LightConfig, frame_bytes: usize, time: Duration) -> Result<f64> {
     let [a, b] = backend.sockets();
-    let mut pair = Pair::connect([&a, &b], &LightConfig::default(), frame_bytes)?;
+    let mut pair = Pair::connect([&a, &b], config, frame_bytes)?;
     pair.rate(WARM_UP)?;
     Ok(pair.rate(time)? / 1e6)
 }
