@@ -314,3 +314,49 @@ struct Table {
     addr: u64,
     entries: u16,
 }
+
+/// What the session may ask of a running ring, whichever way its frames go.
+macro_rules! ring_handle {
+    ($ring:ident) => {
+        impl $ring {
+            /// Next available index: what GET_VRING_BASE answers.
+            pub fn base(&self) -> u16 {
+                self.ring.next
+            }
+
+            /// Number of descriptors.
+            pub fn size(&self) -> u16 {
+                self.ring.split.size()
+            }
+
+            /// Goes on in another memory table; on an error the ring must not be used any more.
+            pub fn set_memory(
+                &mut self,
+                memory: &std::sync::Arc<crate::GuestMemory>,
+            ) -> Result<(), crate::RingFault> {
+                self.ring.remap(memory)
+            }
+
+            /// Us → guest.
+            pub fn call_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+                self.ring.call_fd()
+            }
+
+            /// To be signalled when the ring breaks.
+            pub fn err_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+                self.ring.err_fd()
+            }
+
+            /// Replaces the call fd.
+            pub fn set_call(&mut self, call: Option<std::os::fd::OwnedFd>) {
+                self.ring.set_call(call);
+            }
+
+            /// Replaces the error fd.
+            pub fn set_err(&mut self, err: Option<std::os::fd::OwnedFd>) {
+                self.ring.set_err(err);
+            }
+        }
+    };
+}
+pub(crate) use ring_handle;

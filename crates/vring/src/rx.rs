@@ -5,16 +5,17 @@
 //! that needs several buffers (mergeable, or a chain) is placed piece by piece. Nothing is visible to the guest until
 //! the used index is published, once, at the end.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::RingError;
 use crate::burst::{BURST_MAX, Burst, ChainFault, HEADER_BYTES, HEADER_LEN};
 use crate::copy::{copy, prefetch};
-use crate::device::{DeviceRing, RingFault};
+use crate::device::{DeviceRing, RingFault, ring_handle};
 use crate::memory::GuestMemory;
 use crate::setup::RingSetup;
 use crate::split::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE};
+
+ring_handle!(RxRing);
 
 /// A running RX ring.
 pub struct RxRing {
@@ -228,41 +229,6 @@ impl RxRing {
     /// Asks the guest for no kicks (it is asked for none when the ring starts; RX rings are never waited for).
     pub fn disarm(&mut self) {
         self.ring.disarm();
-    }
-
-    /// Next available index: what GET_VRING_BASE answers.
-    pub fn base(&self) -> u16 {
-        self.ring.next
-    }
-
-    /// Number of descriptors.
-    pub fn size(&self) -> u16 {
-        self.ring.split.size()
-    }
-
-    /// Goes on in another memory table; on an error the ring must not be used any more.
-    pub fn set_memory(&mut self, memory: &Arc<GuestMemory>) -> Result<(), RingFault> {
-        self.ring.remap(memory)
-    }
-
-    /// Us → guest.
-    pub fn call_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.ring.call_fd()
-    }
-
-    /// To be signalled when the ring breaks.
-    pub fn err_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.ring.err_fd()
-    }
-
-    /// Replaces the call fd.
-    pub fn set_call(&mut self, call: Option<OwnedFd>) {
-        self.ring.set_call(call);
-    }
-
-    /// Replaces the error fd.
-    pub fn set_err(&mut self, err: Option<OwnedFd>) {
-        self.ring.set_err(err);
     }
 }
 

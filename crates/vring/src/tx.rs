@@ -4,16 +4,18 @@
 //! before: heads (prefetch descriptors) → descriptors (translate, prefetch payload) → first bytes into private memory.
 //! [`TxBurst::complete`] returns the chains when the frames are where they should be: until then the buffers are ours.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use crate::RingError;
 use crate::burst::{BURST, BURST_MAX, Burst, ChainFault, FRAME_LEN_MAX, Frames};
 use crate::copy::prefetch;
-use crate::device::{DeviceRing, RingFault};
+use crate::device::{DeviceRing, RingFault, ring_handle};
 use crate::memory::GuestMemory;
 use crate::setup::RingSetup;
 use crate::split::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor};
+
+ring_handle!(TxRing);
 
 /// A running TX ring.
 pub struct TxRing {
@@ -79,44 +81,9 @@ impl TxRing {
         self.ring.disarm();
     }
 
-    /// Next available index: what GET_VRING_BASE answers.
-    pub fn base(&self) -> u16 {
-        self.ring.next
-    }
-
-    /// Number of descriptors.
-    pub fn size(&self) -> u16 {
-        self.ring.split.size()
-    }
-
-    /// Goes on in another memory table; on an error the ring must not be used any more.
-    pub fn set_memory(&mut self, memory: &Arc<GuestMemory>) -> Result<(), RingFault> {
-        self.ring.remap(memory)
-    }
-
     /// Guest → us.
     pub fn kick_fd(&self) -> Option<BorrowedFd<'_>> {
         self.ring.kick_fd()
-    }
-
-    /// Us → guest.
-    pub fn call_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.ring.call_fd()
-    }
-
-    /// To be signalled when the ring breaks.
-    pub fn err_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.ring.err_fd()
-    }
-
-    /// Replaces the call fd.
-    pub fn set_call(&mut self, call: Option<OwnedFd>) {
-        self.ring.set_call(call);
-    }
-
-    /// Replaces the error fd.
-    pub fn set_err(&mut self, err: Option<OwnedFd>) {
-        self.ring.set_err(err);
     }
 }
 
