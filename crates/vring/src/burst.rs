@@ -27,6 +27,8 @@ pub const HEADER_LEN: usize = 12;
 pub(crate) const HEADER_BYTES: u32 = 12;
 /// Longest frame without its virtio-net header: a 64 KiB IP packet behind Ethernet and two VLAN tags.
 pub const FRAME_LEN_MAX: u32 = 65_535 + 14 + 8;
+/// Shortest frame of a wire, without its check sequence (IEEE 802.3, 3.2.8 and 4.4.2).
+const FRAME_LEN_MIN: usize = 60;
 /// Pieces beyond the first that one burst may have in all. A burst ends early when half of it is used, so that the
 /// longest legal chain always fits.
 const PIECES_MAX: usize = 2 * crate::SIZE_MAX as usize + 2 * crate::memory::GuestMemory::REGIONS_MAX;
@@ -375,8 +377,8 @@ impl<'m> Burst<'m> {
         });
     }
 
-    /// Writes header and frame to `fd` by one system call; returns what the kernel took. A chain of more pieces than
-    /// a call takes is gathered into `scratch` first.
+    /// Writes header and frame, padded with zeros to the 60 bytes of a wire's shortest, to `fd` by one system call;
+    /// returns what the kernel took. A chain of more pieces than a call takes is gathered into `scratch` first.
     pub fn write_to(&self, index: usize, fd: BorrowedFd<'_>, scratch: &mut Vec<u8>) -> io::Result<usize> {
         const PIECES: usize = 66;
         let head = self.head(index);
@@ -395,8 +397,15 @@ impl<'m> Burst<'m> {
             pieces[1] = iovec(scratch.as_ptr(), scratch.len());
             count = 2;
         }
+        let padding = FRAME_LEN_MIN.saturating_sub(self.frame_len(index) as usize);
+        if padding != 0 {
+            // All of a frame this short is in its head: there is room for one more entry.
+            pieces[usize::from(count)] = iovec([0; FRAME_LEN_MIN].as_ptr(), padding);
+            count += 1;
+        }
         // SAFETY: `count` entries are filled, each with memory that is readable for the burst's lifetime (or is
-        // `scratch`); the kernel only reads them. Guests may change the bytes meanwhile, which the kernel tolerates.
+        // `scratch`, or zeros that live for ever); the kernel only reads them. Guests may change the bytes meanwhile,
+        // which the kernel tolerates.
         let written = unsafe { libc::writev(fd.as_raw_fd(), pieces.as_ptr(), count.into()) };
         usize::try_from(written).map_err(|_| io::Error::last_os_error())
     }

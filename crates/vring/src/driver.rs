@@ -21,6 +21,9 @@ use crate::split::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, SplitRing, 
 /// Guest address of the first byte of a [`DriverMemory`]: not 0 and not our own address, so that a mix-up shows.
 pub const GUEST_BASE: u64 = 0x1_0000_0000;
 
+/// Bytes of a huge page.
+const HUGE_PAGE: usize = 2 << 20;
+
 /// Memory that is shared with a back end.
 pub struct DriverMemory {
     file: OwnedFd,
@@ -47,17 +50,24 @@ impl Drop for DriverMemory {
 }
 
 impl DriverMemory {
-    /// `len` bytes (rounded up to pages), sealed against resizing.
+    /// `len` bytes (rounded up to pages), sealed against resizing. In huge pages if that many are free: a burst then
+    /// costs no TLB miss a frame.
     pub fn new(len: usize) -> io::Result<Arc<Self>> {
-        let memory = Self::unsealed(len)?;
+        let huge = Self::map(len.next_multiple_of(HUGE_PAGE), MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB);
+        let memory = huge.or_else(|_| Self::map(len, MemfdFlags::empty()))?;
         rustix::fs::fcntl_add_seals(&memory.file, SealFlags::SHRINK | SealFlags::GROW)?;
-        Ok(memory)
+        Ok(Arc::new(memory))
     }
 
-    /// As [`Self::new`], but the file can be truncated: what a hostile front end would share.
+    /// As [`Self::new`], but of small pages, and the file can be truncated: what a hostile front end would share.
     pub fn unsealed(len: usize) -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Self::map(len, MemfdFlags::empty())?))
+    }
+
+    fn map(len: usize, pages: MemfdFlags) -> io::Result<Self> {
         let len = len.next_multiple_of(rustix::param::page_size());
-        let file = rustix::fs::memfd_create("vring-driver", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | pages;
+        let file = rustix::fs::memfd_create("vring-driver", flags)?;
         rustix::fs::ftruncate(&file, len as u64)?;
         // SAFETY: a new mapping at a place of the kernel's choice, of a file that we just made.
         let base = unsafe {
@@ -70,7 +80,7 @@ impl DriverMemory {
                 0,
             )?
         };
-        Ok(Arc::new(Self { file, base: base.cast(), len }))
+        Ok(Self { file, base: base.cast(), len })
     }
 
     /// Length in bytes.
