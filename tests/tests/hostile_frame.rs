@@ -3,10 +3,11 @@
 
 use anyhow::{Context, Result, ensure};
 use dataplane::DropReason::{self, BadOffload, MtuExceeded, Runt};
+use e2e::daemon::Daemon;
 use e2e::hand::{BUFFERS, Hand, HandConfig, chained, readable};
 use e2e::inproc::{Ledger, PortPlan, count};
 use e2e::oracle::split_mix;
-use e2e::peer::{MERGEABLE, MODERN, PeerConfig};
+use e2e::peer::{MERGEABLE, MODERN, Peer, PeerConfig};
 use e2e::stage::{HOSTILE, MTU, NEIGHBOUR, NETWORK, Stage, frame, plain};
 use vring::{DESC_NEXT, HEAD_LEN, HEADER_LEN, features};
 use wire::craft::{Craft, Tcp, leave_checksum, leave_segments};
@@ -139,6 +140,38 @@ fn n04_short_frames_arrive_with_their_own_length() -> Result<()> {
         ensure!(got == sent && header.is_plain(), "{payload} bytes of payload");
     }
     end(stage, hand)
+}
+
+/// Two networks with an uplink in one bridge of the host: what a guest of the one sends, a guest of the other gets as it
+/// was on the host.
+#[test]
+fn n04_short_frames_are_padded_with_zeros_towards_the_host() -> Result<()> {
+    let daemon = Daemon::start()?;
+    for (plug, network) in [("sender", "left"), ("receiver", "right")] {
+        let socket = daemon.socket(plug);
+        daemon.run(&["plug", plug, "--listen", socket.to_str().context("path")?, "--network", network])?;
+        daemon.run(&["plug", &format!("up-{network}"), "--network", network, "--to", "bridge:br0"])?;
+    }
+    let mut hand = Hand::connect(daemon.socket("sender"), &HandConfig::default())?;
+    let mut receiver = Peer::connect(daemon.socket("receiver"), PeerConfig::default())?;
+    receiver.offer_all();
+    daemon.wait_for_forwarding(&["sender", "receiver", "up-left", "up-right"])?;
+    // A long frame went before each, and behind it in the guest's memory lies what nobody may see.
+    for len in (14..=62).flat_map(|len| [len, 1000, len]) {
+        hand.poison(2048);
+        let sent = [&NEIGHBOUR[..], &HOSTILE, &vec![0xa5; len - 12]].concat();
+        hand.send(1, &plain(), &sent)?;
+        let got = loop {
+            let (_, got) = receiver.expect(0)?;
+            // The host's own frames (MLD) are not what this is about.
+            if got[6..12] == HOSTILE {
+                break got;
+            }
+        };
+        let padding = vec![0; 60_usize.saturating_sub(len)];
+        ensure!(got == [sent, padding].concat(), "{len} bytes arrived as {got:02x?}");
+    }
+    Ok(())
 }
 
 #[test]

@@ -381,6 +381,7 @@ impl<'m> Burst<'m> {
     /// returns what the kernel took. A chain of more pieces than a call takes is gathered into `scratch` first.
     pub fn write_to(&self, index: usize, fd: BorrowedFd<'_>, scratch: &mut Vec<u8>) -> io::Result<usize> {
         const PIECES: usize = 66;
+        const PADDING: &[u8; FRAME_LEN_MIN] = &[0; FRAME_LEN_MIN];
         let head = self.head(index);
         let mut pieces = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; PIECES];
         pieces[0] = iovec(head.as_ptr(), head.len());
@@ -400,7 +401,7 @@ impl<'m> Burst<'m> {
         let padding = FRAME_LEN_MIN.saturating_sub(self.frame_len(index) as usize);
         if padding != 0 {
             // All of a frame this short is in its head: there is room for one more entry.
-            pieces[usize::from(count)] = iovec([0; FRAME_LEN_MIN].as_ptr(), padding);
+            pieces[usize::from(count)] = iovec(PADDING.as_ptr(), padding);
             count += 1;
         }
         // SAFETY: `count` entries are filled, each with memory that is readable for the burst's lifetime (or is
