@@ -109,7 +109,8 @@ impl Deliverer {
         }
     }
 
-    /// Does for one frame what its receiver did not negotiate.
+    /// Does for one frame what its receiver did not negotiate. A segment is held against the receiver's MTU as if its
+    /// sender had made it.
     #[inline(never)]
     fn help(
         &mut self,
@@ -126,7 +127,8 @@ impl Deliverer {
                 let made = software
                     .frames
                     .load(parts.iter().map(|part| (&part.header, &software.bytes[part.start..part.end])));
-                self.enqueue(port, slot, queue, &made, u64::MAX);
+                let select = fitting(port, &made, made.valid());
+                self.enqueue(port, slot, queue, &made, select);
             }
         } else {
             slot.counters().drop(DropReason::GsoUnsupported, 1);

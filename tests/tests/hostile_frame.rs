@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use anyhow::{Context, Result, ensure};
-use dataplane::DropReason::{self, BadOffload, MtuExceeded, Runt};
+use dataplane::DropReason::{self, BadOffload, GuestDescriptorInvalid, MtuExceeded, Runt};
 use e2e::daemon::Daemon;
 use e2e::hand::{BUFFERS, Hand, HandConfig, chained, readable};
 use e2e::inproc::{Ledger, PortPlan, count};
@@ -377,6 +377,53 @@ fn n12_frames_of_64_kib_are_segmented_exactly_for_who_takes_none() -> Result<()>
     stage.settle()?;
     let sent = stage.plane().counters(stage.neighbour_port)?.tx_frames;
     ensure!(sent == 45 + 46 + 9 + 65, "every segment is a frame delivered: {sent}");
+    end(stage, hand)
+}
+
+/// A sender may ask for segments that its own port allows and its receiver's does not.
+#[test]
+fn n12_segments_beyond_the_receivers_mtu_are_dropped() -> Result<()> {
+    let (mut stage, mut hand) = stage(SENDS, 0)?;
+    stage.neighbour.front().set_mtu(1500)?;
+    let before = Ledger::from(&stage.plane().counters(stage.neighbour_port)?);
+    // MTU, Ethernet and two tags, less the 54 bytes of a segment's headers.
+    let largest = 1522 - 54;
+    let mut wanted = before.clone();
+    for (size, len, too_long) in
+        [(largest, 20_000, 0), (largest + 1, 20_000, 13), (largest + 1, 2000, 1), (8000, 65_000, 8)]
+    {
+        let payload = vec![7; len];
+        let mut tcp = v4().tcp(&Tcp::default(), &payload);
+        let header = leave_segments(&mut tcp, u16::try_from(size)?).unwrap();
+        hand.send(1, &header.to_bytes(), &tcp)?;
+        stage.book.rx += 1;
+        let lengths = payload.chunks(size).map(|piece| 54 + piece.len()).filter(|len| *len <= 1522);
+        for len in lengths {
+            let (header, got) = stage.neighbour.expect(0)?;
+            ensure!(header.is_plain() && got.len() == len, "{} bytes for {len}", got.len());
+            wanted.tx += 1;
+        }
+        wanted = wanted.drops(MtuExceeded, too_long);
+        stage.plane().expect_counters(stage.neighbour_port, &wanted)?;
+    }
+    stage.good(&mut hand)?;
+    stage.settle()?;
+    end(stage, hand)
+}
+
+/// However many frames software could have made of it.
+#[test]
+fn n12_ring_that_breaks_under_software_offload_counts_what_it_lost() -> Result<()> {
+    let (mut stage, mut hand) = stage(SENDS, 0)?;
+    let before = Ledger::from(&stage.plane().counters(stage.neighbour_port)?);
+    stage.neighbour.pairs[0].rx.ring.publish_avail(0x8000);
+    let mut udp = v4().udp(1, 2, &[7; 100]);
+    let header = leave_checksum(&mut udp).unwrap();
+    hand.send(1, &header.to_bytes(), &udp)?;
+    stage.book.rx += 1;
+    let wanted = before.drops(GuestDescriptorInvalid, 1);
+    stage.plane().expect_counters(stage.neighbour_port, &wanted)?;
+    stage.settle()?;
     end(stage, hand)
 }
 
