@@ -25,7 +25,7 @@ use crate::config::{Config, ConfigError, DataplaneConfig, SocketsConfig};
 use crate::events::Events;
 use crate::logging::{self, FilterError, LogControl};
 use crate::plug::{Plugs, SocketRules};
-use crate::server::{self, Access, PublishError, PublishedSocket, group_id};
+use crate::server::{self, Access, PublishError, group_id};
 use crate::store::{Store, StoreError};
 
 /// Threads that serve the API. The dataplane has its own.
@@ -124,7 +124,8 @@ async fn run(config: Config, log: LogControl) -> Result<(), ServeError> {
     });
 
     let gid = config.api.group.as_deref().map(group_id).transpose()?;
-    let (listener, socket) = PublishedSocket::new(&config.api.socket, config.api.mode, gid)?;
+    let access = vhost_user::Access { mode: config.api.mode, owner: None, group: gid };
+    let (listener, socket) = server::publish(&config.api.socket, access)?;
     let server = server::serve(listener, api::router(daemon.clone()), Access { uids: config.api.uids });
     let mut server = tokio::spawn(server);
     tracing::info!(api = %config.api.socket.display(), state = %config.state.dir.display(), "started");

@@ -24,7 +24,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 
 use self::deadline::{Deadlines, Patient};
-pub use self::publish::{PublishError, PublishedSocket, group_id};
+pub use self::publish::{PublishError, group_id, publish};
 use crate::problem::{CONTENT_TYPE, Kind, Problem};
 
 /// Connections at once.
@@ -60,7 +60,6 @@ pub struct Access {
 
 /// Serves `router` on the socket until the process ends.
 pub async fn serve(listener: StdListener, router: Router, access: Access) -> std::io::Result<()> {
-    listener.set_nonblocking(true)?;
     let listener = UnixListener::from_std(listener)?;
     let door = Arc::new(Door::new(rustix::process::geteuid().as_raw(), access));
     loop {

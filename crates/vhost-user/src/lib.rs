@@ -6,7 +6,7 @@
 //!
 //! In a message's order:
 //!
-//! 1. `socket`: publishing and dialling socket files;
+//! 1. [`socket`]: publishing and dialling socket files;
 //! 2. `sessions`: the thread, its loop, and the handle to it; `poll` is its epoll instance;
 //! 3. `endpoint`: one socket with at most one connection, accepted or dialled, again and again;
 //! 4. [`receive`]: messages put together from pieces, with the [`descriptor`]s that came along;
@@ -36,7 +36,7 @@ pub mod receive;
 mod ring;
 pub mod session;
 mod sessions;
-mod socket;
+pub mod socket;
 mod status;
 
 pub use device::{Device, NetConfig, Offer, Peer, Refusal};

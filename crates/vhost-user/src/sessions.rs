@@ -23,8 +23,11 @@ use crate::device::Device;
 use crate::endpoint::{Dialler, Endpoint, Live, Role, Source};
 use crate::limits::Limits;
 use crate::poll::Poll;
-use crate::socket::{self, EndpointError};
+use crate::socket::{self, EndpointError, Place};
 use crate::status::SessionStatus;
+
+/// Connections to a socket that may wait to be accepted (or turned away).
+const BACKLOG: i32 = 16;
 
 /// An endpoint, for as long as the process lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -59,7 +62,7 @@ impl Sessions {
     pub fn add(&self, endpoint: Endpoint, device: Box<dyn Device>) -> Result<EndpointId, EndpointError> {
         let source = match endpoint.role {
             Role::Listen(access) => {
-                let (socket, published) = socket::publish(&endpoint.path, access)?;
+                let (socket, published) = Place::open(&endpoint.path)?.publish(access, BACKLOG)?;
                 Source::Listener { socket, published, paused_until: None }
             }
             Role::Connect => {

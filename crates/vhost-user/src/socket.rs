@@ -23,8 +23,6 @@ use crate::device::Peer;
 
 /// Bytes of a socket's path at the most: `sun_path` has 108, one of them for the final zero.
 pub const PATH_MAX: usize = 107;
-/// Connections that may wait to be accepted (or turned away).
-const BACKLOG: i32 = 16;
 
 /// Why a socket cannot be published.
 #[derive(Debug, thiserror::Error)]
@@ -79,19 +77,51 @@ pub enum EndpointError {
 
 /// Where a socket is: its directory, held open, and its name in there.
 #[derive(Debug)]
-struct Place {
+pub struct Place {
     path: PathBuf,
     dir: OwnedFd,
     name: PathBuf,
 }
 
 impl Place {
-    fn open(path: &Path) -> Result<Self, EndpointError> {
+    /// Opens the directory of `path`.
+    ///
+    /// # Errors
+    /// A path that is no socket's or too long; a directory that cannot be opened.
+    pub fn open(path: &Path) -> Result<Self, EndpointError> {
         let (dir, name) = split(path)?;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let dir =
             fs::open(dir, flags, Mode::empty()).map_err(|e| failed(path, "open the directory of", e))?;
         Ok(Self { path: path.to_owned(), dir, name })
+    }
+
+    /// Publishes a listening socket here, non-blocking, with room for `backlog` connections that wait to be accepted.
+    ///
+    /// # Errors
+    /// [`EndpointError::Foreign`], [`EndpointError::NotOurs`], [`EndpointError::InUse`], [`EndpointError::Raced`]; what
+    /// the system refuses. Nothing is left of a socket that was published in vain.
+    pub fn publish(self, access: Access, backlog: i32) -> Result<(OwnedFd, Published), EndpointError> {
+        // Looked at first for the better error; looked at again when the name is taken over.
+        self.check()?;
+        let private = PrivateDir::make(&self)?;
+        let (dir, name) = (&private.dir, Path::new("socket"));
+        let socket = socket().map_err(|e| self.error("make a socket for", e))?;
+        let address = address_at(dir, name).map_err(|e| self.error("bind", e))?;
+        bind(&socket, &address).map_err(|e| self.error("bind", e))?;
+        let mode = Mode::from_raw_mode(access.mode & 0o777);
+        fs::chmodat(dir, name, mode, AtFlags::empty()).map_err(|e| self.error("set the mode of", e))?;
+        if access.owner.is_some() || access.group.is_some() {
+            let (owner, group) = (access.owner.map(Uid::from_raw), access.group.map(Gid::from_raw));
+            fs::chownat(dir, name, owner, group, AtFlags::SYMLINK_NOFOLLOW)
+                .map_err(|e| self.error("set the owner of", e))?;
+        }
+        listen(&socket, backlog).map_err(|e| self.error("listen on", e))?;
+        let stat = fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(|e| self.error("look at the new socket for", e))?;
+        move_into(&self, dir, name)?;
+        drop(private);
+        Ok((socket, Published { place: self, id: identity(&stat) }))
     }
 
     fn error(&self, what: &'static str, cause: Errno) -> EndpointError {
@@ -154,34 +184,9 @@ impl Default for Access {
 
 /// A listening socket's file. Removed when dropped, if it is still the one that was published.
 #[derive(Debug)]
-pub(crate) struct Published {
+pub struct Published {
     place: Place,
     id: (u64, u64),
-}
-
-/// Publishes a listening socket at `path`.
-pub(crate) fn publish(path: &Path, access: Access) -> Result<(OwnedFd, Published), EndpointError> {
-    let place = Place::open(path)?;
-    // Looked at first for the better error; looked at again when the name is taken over.
-    place.check()?;
-    let private = PrivateDir::make(&place)?;
-    let socket = socket().map_err(|e| place.error("make a socket for", e))?;
-    let name = Path::new("socket");
-    bind(&socket, &address_at(&private.dir, name).map_err(|e| place.error("bind", e))?)
-        .map_err(|e| place.error("bind", e))?;
-    let mode = Mode::from_raw_mode(access.mode & 0o777);
-    fs::chmodat(&private.dir, name, mode, AtFlags::empty()).map_err(|e| place.error("set the mode of", e))?;
-    if access.owner.is_some() || access.group.is_some() {
-        let (owner, group) = (access.owner.map(Uid::from_raw), access.group.map(Gid::from_raw));
-        fs::chownat(&private.dir, name, owner, group, AtFlags::SYMLINK_NOFOLLOW)
-            .map_err(|e| place.error("set the owner of", e))?;
-    }
-    listen(&socket, BACKLOG).map_err(|e| place.error("listen on", e))?;
-    let stat = fs::statat(&private.dir, name, AtFlags::SYMLINK_NOFOLLOW)
-        .map_err(|e| place.error("look at the new socket for", e))?;
-    move_into(&place, &private.dir, name)?;
-    drop(private);
-    Ok((socket, Published { place, id: identity(&stat) }))
 }
 
 /// Renames the new socket into place.
