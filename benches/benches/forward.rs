@@ -28,7 +28,7 @@ fn forward(criterion: &mut Criterion) {
 fn main() {
     let args: Vec<String> = std::env::args().collect();
     if let [_, flag, dir] = &args[..]
-        && flag == "--backend"
+        && flag == "--vhostd"
     {
         return serve(dir.as_ref()).expect("serving");
     }

@@ -9,6 +9,7 @@ use dataplane::{Config, Dataplane, Link, Poll, PortSpec};
 use tempfile::TempDir;
 
 use crate::BACKEND_CPU;
+use crate::limit::LimitPort;
 
 /// How long a back end may take until its sockets are there.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -23,9 +24,18 @@ impl Backend {
     /// vhostd's dataplane: a learning switch with every check, busy polling, one worker. It is the calling program
     /// itself, started again with `--backend DIR`, for which its `main` must call [`serve`].
     pub fn vhostd() -> Result<Self> {
+        Self::ourselves("--vhostd")
+    }
+
+    /// The bare loop ([`vring::limit`]): one copy a frame and nothing else.
+    pub fn limit() -> Result<Self> {
+        Self::ourselves("--limit")
+    }
+
+    fn ourselves(kind: &str) -> Result<Self> {
         let dir = TempDir::new()?;
         let child = Command::new(std::env::current_exe()?)
-            .arg("--backend")
+            .arg(kind)
             .arg(dir.path())
             .stdin(Stdio::piped())
             .spawn()
@@ -89,7 +99,21 @@ impl Drop for Backend {
 
 const NAMES: [&str; 2] = ["a", "b"];
 
-/// Serves two ports in `dir` until standard input ends.
+/// Serves two ports in `dir` by the bare loop until it is killed.
+pub fn serve_limit(dir: &Path) -> Result<()> {
+    let sessions = vhost_user::Sessions::start(vhost_user::Limits::default(), Box::new(|_, _| {}))?;
+    let ports = [LimitPort::default(), LimitPort::default()];
+    for (name, port) in NAMES.iter().zip(&ports) {
+        sessions.add(vhost_user::Endpoint::listen(dir.join(name)), Box::new(port.clone()))?;
+    }
+    crate::pin(BACKEND_CPU);
+    loop {
+        ports[0].forward(&ports[1]);
+        ports[1].forward(&ports[0]);
+    }
+}
+
+/// Serves two ports in `dir` by vhostd's dataplane until standard input ends.
 pub fn serve(dir: &Path) -> Result<()> {
     let config = Config {
         cpus: vec![BACKEND_CPU],

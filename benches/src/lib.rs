@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod backend;
+mod limit;
 pub mod pair;
 
 /// Where the back end forwards.

@@ -11,7 +11,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use benches::backend::{Backend, serve};
+use benches::backend::{Backend, serve, serve_limit};
 use benches::pair::Pair;
 use benches::{FRONTEND_CPU, pin};
 use dataplane::light::LightConfig;
@@ -52,8 +52,11 @@ impl std::fmt::Display for Spread {
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let value = |name: &str| args.iter().position(|a| a == name).and_then(|at| args.get(at + 1));
-    if let Some(dir) = value("--backend") {
+    if let Some(dir) = value("--vhostd") {
         return serve(dir.as_ref());
+    }
+    if let Some(dir) = value("--limit") {
+        return serve_limit(dir.as_ref());
     }
     let number = |name: &str, default: f64| value(name).map_or(Ok(default), |v| v.parse());
     let rounds = number("--rounds", 5.0).context("--rounds takes a number")?.max(1.0);

@@ -33,6 +33,8 @@ pub mod driver;
 pub mod features;
 #[cfg(all(test, not(loom)))]
 mod heap;
+#[cfg(feature = "limit")]
+pub mod limit;
 mod memory;
 mod notify;
 mod rx;
