@@ -90,7 +90,7 @@ pub struct DataplaneConfig {
 #[derive(Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SocketsConfig {
-    /// Directories under which sockets may be; empty: anywhere.
+    /// Directories under which sockets may be, without a symbolic link below them; empty: anywhere.
     pub dirs: Vec<PathBuf>,
     /// Permissions of a socket that the daemon makes, octal.
     #[serde(deserialize_with = "octal")]

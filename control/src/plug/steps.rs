@@ -1,6 +1,6 @@
 //! The steps that make a plug work, each of them repeatable, and the same backwards.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use dataplane::{Dataplane, Link, PortId, PortSpec};
@@ -20,6 +20,20 @@ pub struct SocketRules {
     pub mode: u32,
     /// Its group.
     pub gid: Option<u32>,
+}
+
+impl SocketRules {
+    /// The directory that a socket's path has to stay beneath. Only the names are compared here: what they stand for is
+    /// looked at when the socket is made or dialled, and not before, since it may change.
+    fn dir_of(&self, socket: &Socket) -> Result<Option<PathBuf>, StepError> {
+        let above = |dir: &&PathBuf| socket.path.as_path().starts_with(dir);
+        let innermost = self.dirs.iter().filter(above).max_by_key(|dir| dir.components().count());
+        if innermost.is_some() || self.dirs.is_empty() {
+            return Ok(innermost.cloned());
+        }
+        let dirs = self.dirs.iter().map(|dir| dir.display().to_string()).collect();
+        Err(StepError::Directory { path: socket.path.to_string(), dirs })
+    }
 }
 
 /// Why a step failed.
@@ -150,9 +164,7 @@ impl Steps {
     }
 
     async fn attach_all(&self, id: &Name, spec: &PlugSpec, ports: &mut Vec<PortId>) -> Result<(), StepError> {
-        if let Some(socket) = &spec.socket {
-            self.check_directory(socket)?;
-        }
+        let endpoint = spec.socket.as_ref().map(|socket| self.endpoint(socket)).transpose()?;
         let (network, mtu) = (spec.network_of(id), spec.mtu_bytes());
         if let Some(to) = &spec.to {
             let link = self.ensure_host_side(id, spec, to).await?;
@@ -160,9 +172,9 @@ impl Steps {
             let name = if spec.socket.is_some() { format!("{id}:tap") } else { id.to_string() };
             ports.push(self.add_port(PortSpec { name, network: network.clone(), mtu, link }).await?);
         }
-        if let Some(socket) = &spec.socket {
+        if let Some(endpoint) = endpoint {
             let link = Link::VhostUser {
-                endpoint: self.endpoint(socket),
+                endpoint,
                 mac: spec.mac.map(|mac| mac.0),
                 queue_pairs: spec.guest_queues(),
             };
@@ -205,28 +217,14 @@ impl Steps {
         Ok(())
     }
 
-    fn endpoint(&self, socket: &Socket) -> Endpoint {
+    fn endpoint(&self, socket: &Socket) -> Result<Endpoint, StepError> {
         let access = Access { mode: self.rules.mode, owner: None, group: self.rules.gid };
-        match socket.role {
-            Role::Listen => {
-                Endpoint { role: vhost_user::Role::Listen(access), ..Endpoint::listen(socket.path.as_path()) }
-            }
-            Role::Connect => Endpoint::connect(socket.path.as_path()),
-        }
-    }
-
-    /// The socket's directory, with symbolic links followed, must be under one that is allowed.
-    fn check_directory(&self, socket: &Socket) -> Result<(), StepError> {
-        let path = socket.path.as_path();
-        let parent = path.parent().unwrap_or_else(|| Path::new("/"));
-        // A directory that is not there yet cannot be a symbolic link: its name is all there is to check.
-        let real = parent.canonicalize().unwrap_or_else(|_| parent.to_owned());
-        let allowed = |dir: &PathBuf| real.starts_with(dir.canonicalize().unwrap_or_else(|_| dir.clone()));
-        if self.rules.dirs.is_empty() || self.rules.dirs.iter().any(allowed) {
-            return Ok(());
-        }
-        let dirs = self.rules.dirs.iter().map(|dir| dir.display().to_string()).collect();
-        Err(StepError::Directory { path: socket.path.to_string(), dirs })
+        let role = match socket.role {
+            Role::Listen => vhost_user::Role::Listen(access),
+            Role::Connect => vhost_user::Role::Connect,
+        };
+        let (path, beneath) = (socket.path.as_path().to_owned(), self.rules.dir_of(socket)?);
+        Ok(Endpoint { path, beneath, role, users: Vec::new() })
     }
 
     async fn add_port(&self, spec: PortSpec) -> Result<PortId, StepError> {

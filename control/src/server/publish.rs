@@ -42,7 +42,7 @@ pub fn publish(path: &Path, access: Access) -> Result<(UnixListener, Published),
     let dir = path.parent().unwrap_or_else(|| Path::new("/"));
     fs::create_dir_all(dir).map_err(|cause| PublishError::Directory { path: dir.into(), cause })?;
     refuse_exposed(dir)?;
-    let published = Place::open(path).and_then(|place| place.publish(access, BACKLOG));
+    let published = Place::open(path, None).and_then(|place| place.publish(access, BACKLOG));
     let (socket, published) = published.map_err(|error| match error {
         EndpointError::InUse(path) => PublishError::InUse(path),
         error => PublishError::Socket(error),

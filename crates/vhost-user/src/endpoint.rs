@@ -6,7 +6,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -36,6 +36,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub struct Endpoint {
     /// Path of the socket file.
     pub path: PathBuf,
+    /// Directory beneath which it has to be, whoever writes there; `None`: anywhere.
+    pub beneath: Option<PathBuf>,
     /// Our side of it.
     pub role: Role,
     /// Users that a front end may run as; empty: whoever the file's permissions let in.
@@ -54,12 +56,12 @@ pub enum Role {
 impl Endpoint {
     /// A socket that we make, with mode 0660.
     pub fn listen(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), role: Role::Listen(Access::default()), users: Vec::new() }
+        Self { path: path.into(), beneath: None, role: Role::Listen(Access::default()), users: Vec::new() }
     }
 
     /// A socket that the front end makes.
     pub fn connect(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), role: Role::Connect, users: Vec::new() }
+        Self { role: Role::Connect, ..Self::listen(path) }
     }
 }
 
@@ -148,6 +150,7 @@ enum Goodbye {
 /// An endpoint in the session thread.
 pub(crate) struct Live {
     path: PathBuf,
+    beneath: Option<PathBuf>,
     users: Vec<u32>,
     device: Box<dyn Device>,
     source: Source,
@@ -181,6 +184,7 @@ impl Live {
         }
         Ok(Self {
             path: endpoint.path,
+            beneath: endpoint.beneath,
             users: endpoint.users,
             device,
             source,
@@ -200,10 +204,12 @@ impl Live {
         })
     }
 
-    /// The dialler and its path, if this endpoint dials and has no connection.
-    pub(crate) fn dialling(&mut self) -> Option<(&PathBuf, &mut Dialler)> {
+    /// The dialler, its path and what that has to be beneath, if this endpoint dials and has no connection.
+    pub(crate) fn dialling(&mut self) -> Option<(&Path, Option<&Path>, &mut Dialler)> {
         match &mut self.source {
-            Source::Dialler(dialler) if self.connection.is_none() => Some((&self.path, dialler)),
+            Source::Dialler(dialler) if self.connection.is_none() => {
+                Some((&self.path, self.beneath.as_deref(), dialler))
+            }
             _ => None,
         }
     }
@@ -303,7 +309,7 @@ impl Live {
             return;
         }
         dialler.attempts += 1;
-        match socket::dial(&self.path) {
+        match socket::dial(&self.path, self.beneath.as_deref()) {
             Ok(socket) => self.admit(socket, now, limits),
             Err(error) => {
                 dialler.back_off(now, limits);

@@ -60,19 +60,21 @@ impl Sessions {
 
     /// Adds an endpoint. When this returns, its socket accepts connections, or is being dialled.
     pub fn add(&self, endpoint: Endpoint, device: Box<dyn Device>) -> Result<EndpointId, EndpointError> {
+        let (path, beneath) = (&endpoint.path, endpoint.beneath.as_deref());
         let source = match endpoint.role {
             Role::Listen(access) => {
-                let (socket, published) = Place::open(&endpoint.path)?.publish(access, BACKLOG)?;
+                let (socket, published) = Place::open(path, beneath)?.publish(access, BACKLOG)?;
                 Source::Listener { socket, published, paused_until: None }
             }
             Role::Connect => {
-                socket::check_path(&endpoint.path)?;
+                socket::check_path(path, beneath)?;
                 Source::Dialler(Dialler::new(Instant::now()))
             }
         };
-        let path = endpoint.path.clone();
+        let path = path.clone();
         let id = EndpointId(self.next.fetch_add(1, Ordering::Relaxed));
         let (reply, answer) = mpsc::channel();
+        let endpoint = Box::new(endpoint);
         self.commands.send(Command::Add { id, endpoint, source, device, reply })?;
         match answer.recv() {
             Ok(Ok(())) => Ok(id),
@@ -120,7 +122,7 @@ impl Drop for Sessions {
 enum Command {
     Add {
         id: EndpointId,
-        endpoint: Endpoint,
+        endpoint: Box<Endpoint>,
         source: Source,
         device: Box<dyn Device>,
         reply: Sender<io::Result<()>>,
@@ -250,7 +252,7 @@ impl Loop {
             match command {
                 Command::Add { id, endpoint, source, device, reply } => {
                     let tokens = (id.0 * 2, id.0 * 2 + 1);
-                    let live = Live::new(endpoint, source, device, Rc::clone(&self.poll), tokens);
+                    let live = Live::new(*endpoint, source, device, Rc::clone(&self.poll), tokens);
                     let added = live.map(|live| {
                         self.endpoints.insert(id, Entry { live, deadline: None, leaving: None });
                         self.watch_directory(id);
@@ -326,13 +328,13 @@ impl Loop {
     fn watch_directory(&mut self, id: EndpointId) {
         let Some(directories) = &self.directories else { return };
         let Some(entry) = self.endpoints.get_mut(&id) else { return };
-        let Some((path, dialler)) = entry.live.dialling() else { return };
+        let Some((path, beneath, dialler)) = entry.live.dialling() else { return };
         if dialler.watch.is_none()
-            && let Ok((directory, _)) = socket::split(path)
+            && let Ok(place) = Place::open(path, beneath)
         {
             let mask = WatchMask::CREATE | WatchMask::MOVED_TO | WatchMask::ONLYDIR;
             // Fails if the directory does not exist yet, or all watches are used up.
-            dialler.watch = directories.watches().add(directory, mask).ok();
+            dialler.watch = directories.watches().add(place.directory(), mask).ok();
         }
     }
 
@@ -351,7 +353,7 @@ impl Loop {
         }
         let mut appeared = Vec::new();
         for (id, entry) in &mut self.endpoints {
-            let Some((path, dialler)) = entry.live.dialling() else { continue };
+            let Some((path, _, dialler)) = entry.live.dialling() else { continue };
             let Some(watch) = dialler.watch.clone() else { continue };
             if gone.contains(&watch) {
                 dialler.watch = None;

@@ -4,6 +4,10 @@
 //! renamed into place: whoever sees the name can connect, and nobody could connect before. A name that is taken is only
 //! replaced if it is a socket of ours that nobody listens on any more, and by an exchange, so that what was replaced can
 //! be looked at once more before it is removed.
+//!
+//! The directory may belong to somebody who wants us to make, replace or dial a socket elsewhere. So it is opened once and
+//! everything is done relative to that descriptor; `beneath` a given directory no symbolic link is followed on the way, and
+//! nothing leads out of it (openat2(2)); what was looked at is what is dialled, through its descriptor.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
@@ -12,7 +16,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use nix::sys::socket::sockopt::PeerCredentials;
-use rustix::fs::{self, AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, Stat, Uid};
+use rustix::fs::{self, AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, ResolveFlags, Stat, Uid};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, acceptfrom_with, bind, connect, listen,
@@ -38,6 +42,16 @@ pub enum EndpointError {
     /// No file name, or a zero byte in it.
     #[error("{0:?} is no path of a socket: it needs a file name")]
     Path(PathBuf),
+    /// It leads out of the directory that it has to be in.
+    #[error(
+        "{path:?} does not stay beneath {beneath:?}, where no symbolic link is followed: use the real path"
+    )]
+    Strays {
+        /// The path.
+        path: PathBuf,
+        /// Where it has to be.
+        beneath: PathBuf,
+    },
     /// The name is taken by something that is no socket.
     #[error("{path:?} is a {found}, no socket: remove it or choose another path")]
     Foreign {
@@ -84,16 +98,22 @@ pub struct Place {
 }
 
 impl Place {
-    /// Opens the directory of `path`.
+    /// Opens the directory of `path`, which has to stay `beneath` another if one is given.
     ///
     /// # Errors
-    /// A path that is no socket's or too long; a directory that cannot be opened.
-    pub fn open(path: &Path) -> Result<Self, EndpointError> {
+    /// A path that is no socket's or too long; [`EndpointError::Strays`]; a directory that cannot be opened.
+    pub fn open(path: &Path, beneath: Option<&Path>) -> Result<Self, EndpointError> {
         let (dir, name) = split(path)?;
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir =
-            fs::open(dir, flags, Mode::empty()).map_err(|e| failed(path, "open the directory of", e))?;
+        let dir = open_beneath(&dir, beneath, OFlags::DIRECTORY).map_err(|e| match (e, beneath) {
+            (Errno::LOOP | Errno::XDEV, Some(beneath)) => strays(path, beneath),
+            (cause, _) => failed(path, "open the directory of", cause),
+        })?;
         Ok(Self { path: path.to_owned(), dir, name })
+    }
+
+    /// The directory's path in `/proc`, good for as long as this value lives.
+    pub(crate) fn directory(&self) -> PathBuf {
+        fd_path(&self.dir)
     }
 
     /// Publishes a listening socket here, non-blocking, with room for `backlog` connections that wait to be accepted.
@@ -128,18 +148,21 @@ impl Place {
         failed(&self.path, what, cause)
     }
 
-    /// What the name stands for now; symbolic links are not followed.
-    fn stat(&self) -> Result<Option<Stat>, EndpointError> {
-        match fs::statat(&self.dir, &self.name, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(stat) => Ok(Some(stat)),
-            Err(Errno::NOENT) => Ok(None),
-            Err(e) => Err(self.error("look at", e)),
-        }
+    /// What the name stands for now, held; symbolic links are not followed.
+    fn look(&self) -> Result<Option<(OwnedFd, Stat)>, EndpointError> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = match fs::openat(&self.dir, &self.name, flags, Mode::empty()) {
+            Ok(file) => file,
+            Err(Errno::NOENT) => return Ok(None),
+            Err(e) => return Err(self.error("look at", e)),
+        };
+        let stat = fs::fstat(&file).map_err(|e| self.error("look at", e))?;
+        Ok(Some((file, stat)))
     }
 
     /// Checks that the name is free (`None`) or a stale socket of ours.
     fn check(&self) -> Result<Option<Stat>, EndpointError> {
-        let Some(stat) = self.stat()? else { return Ok(None) };
+        let Some((file, stat)) = self.look()? else { return Ok(None) };
         let path = self.path.clone();
         let found = match FileType::from_raw_mode(stat.st_mode) {
             FileType::Socket => None,
@@ -155,9 +178,8 @@ impl Place {
         if stat.st_uid != rustix::process::geteuid().as_raw() {
             return Err(EndpointError::NotOurs { path, uid: stat.st_uid });
         }
-        match dial_at(&self.dir, &self.name) {
+        match dial_file(&file) {
             Err(Errno::CONNREFUSED) => Ok(Some(stat)),
-            Err(Errno::NOENT) => Ok(None),
             // A full backlog is somebody's, too.
             Ok(_) | Err(Errno::AGAIN) => Err(EndpointError::InUse(path)),
             Err(e) => Err(self.error("probe", e)),
@@ -210,7 +232,7 @@ fn move_into(place: &Place, from: &OwnedFd, name: &Path) -> Result<(), EndpointE
 
 impl Drop for Published {
     fn drop(&mut self) {
-        let ours = self.place.stat().ok().flatten().is_some_and(|stat| identity(&stat) == self.id);
+        let ours = self.place.look().ok().flatten().is_some_and(|(_, stat)| identity(&stat) == self.id);
         if ours && let Err(error) = fs::unlinkat(&self.place.dir, &self.place.name, AtFlags::empty()) {
             tracing::warn!(path = %self.place.path.display(), %error, "socket file cannot be removed");
         }
@@ -229,10 +251,20 @@ impl<'a> PrivateDir<'a> {
         let name = format!(".vhost-user-{:016x}", random());
         let failed = |e| place.error("make a private directory beside", e);
         fs::mkdirat(&place.dir, &name, Mode::RWXU).map_err(failed)?;
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let dir = fs::openat(&place.dir, &name, flags, Mode::empty()).map_err(failed)?;
+        let dir = open_private(&place.dir, &name).map_err(failed)?;
+        let dir = dir.ok_or_else(|| EndpointError::Raced(place.path.clone()))?;
         Ok(Self { place, name, dir })
     }
+}
+
+/// Opens a directory that we have just made; `None` if others can enter it: whoever owns the directory above can put
+/// one of theirs in its place.
+fn open_private(above: &OwnedFd, name: &str) -> Result<Option<OwnedFd>, Errno> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let dir = fs::openat(above, name, flags, Mode::empty())?;
+    let stat = fs::fstat(&dir)?;
+    let private = stat.st_uid == rustix::process::geteuid().as_raw() && stat.st_mode & 0o077 == 0;
+    Ok(private.then_some(dir))
 }
 
 impl Drop for PrivateDir<'_> {
@@ -260,13 +292,16 @@ pub(crate) fn accept(listener: impl AsFd) -> io::Result<Option<OwnedFd>> {
     }
 }
 
-/// Checks that `path` can be dialled at all.
-pub(crate) fn check_path(path: &Path) -> Result<(), EndpointError> {
-    split(path).map(drop)
+/// Checks that `path` can be dialled at all; its directory may come later.
+pub(crate) fn check_path(path: &Path, beneath: Option<&Path>) -> Result<(), EndpointError> {
+    match Place::open(path, beneath) {
+        Ok(_) | Err(EndpointError::Io { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 /// Directory and file name of a socket.
-pub(crate) fn split(path: &Path) -> Result<(PathBuf, PathBuf), EndpointError> {
+fn split(path: &Path) -> Result<(PathBuf, PathBuf), EndpointError> {
     let len = path.as_os_str().len();
     if len > PATH_MAX {
         return Err(EndpointError::PathTooLong { path: path.to_owned(), len });
@@ -278,9 +313,25 @@ pub(crate) fn split(path: &Path) -> Result<(PathBuf, PathBuf), EndpointError> {
     Ok((dir.to_owned(), PathBuf::from(name)))
 }
 
-/// Connects to the socket at `path`. Never waits: a full backlog is an error like no listener.
-pub(crate) fn dial(path: &Path) -> io::Result<OwnedFd> {
-    Ok(connected(&SocketAddrUnix::new(path)?)?)
+/// Connects to the socket at `path`, which has to stay `beneath` a directory if one is given. Never waits: a full
+/// backlog is an error like no listener.
+pub(crate) fn dial(path: &Path, beneath: Option<&Path>) -> io::Result<OwnedFd> {
+    let file = open_beneath(path, beneath, OFlags::empty()).map_err(|e| match (e, beneath) {
+        (Errno::LOOP | Errno::XDEV, Some(beneath)) => io::Error::other(strays(path, beneath)),
+        (cause, _) => cause.into(),
+    })?;
+    Ok(dial_file(&file)?)
+}
+
+/// Opens `path`, only to refer to it. `XDEV` or `LOOP`: it does not stay `beneath` that directory.
+fn open_beneath(path: &Path, beneath: Option<&Path>, flags: OFlags) -> Result<OwnedFd, Errno> {
+    let flags = flags | OFlags::PATH | OFlags::CLOEXEC;
+    let Some(beneath) = beneath else { return fs::open(path, flags, Mode::empty()) };
+    // `.` because the kernel has no empty paths.
+    let path = Path::new(".").join(path.strip_prefix(beneath).map_err(|_| Errno::XDEV)?);
+    let beneath = fs::open(beneath, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+    fs::openat2(beneath, path, flags, Mode::empty(), resolve)
 }
 
 /// Who is at the other end, as of when the connection was made.
@@ -290,13 +341,10 @@ pub(crate) fn peer(socket: impl AsFd) -> io::Result<Peer> {
     Ok(Peer { pid: cred.pid(), uid: cred.uid(), gid: cred.gid() })
 }
 
-fn dial_at(dir: &OwnedFd, name: &Path) -> Result<OwnedFd, Errno> {
-    connected(&address_at(dir, name)?)
-}
-
-fn connected(address: &SocketAddrUnix) -> Result<OwnedFd, Errno> {
+/// Connects to an open socket file.
+fn dial_file(file: &OwnedFd) -> Result<OwnedFd, Errno> {
     let socket = socket()?;
-    connect(&socket, address)?;
+    connect(&socket, &SocketAddrUnix::new(fd_path(file))?)?;
     Ok(socket)
 }
 
@@ -307,9 +355,16 @@ fn socket() -> Result<OwnedFd, Errno> {
 
 /// A name in an open directory as a socket address; there is no `bindat`.
 fn address_at(dir: &OwnedFd, name: &Path) -> Result<SocketAddrUnix, Errno> {
-    let mut path = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()));
-    path.push(name);
-    SocketAddrUnix::new(path)
+    SocketAddrUnix::new(fd_path(dir).join(name))
+}
+
+/// An open file as a path: whatever its name stands for by now.
+fn fd_path(file: &OwnedFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+fn strays(path: &Path, beneath: &Path) -> EndpointError {
+    EndpointError::Strays { path: path.to_owned(), beneath: beneath.to_owned() }
 }
 
 fn identity(stat: &Stat) -> (u64, u64) {
@@ -318,4 +373,21 @@ fn identity(stat: &Stat) -> (u64, u64) {
 
 fn failed(path: &Path, what: &'static str, cause: Errno) -> EndpointError {
     EndpointError::Io { path: path.to_owned(), what, cause: cause.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_that_others_can_enter_is_not_private() {
+        let above = tempfile::tempdir().unwrap();
+        let handle = fs::open(above.path(), OFlags::PATH, Mode::empty()).unwrap();
+        fs::mkdirat(&handle, "ours", Mode::RWXU).unwrap();
+        assert!(open_private(&handle, "ours").unwrap().is_some());
+        fs::chmodat(&handle, "ours", Mode::RWXU | Mode::XOTH, AtFlags::empty()).unwrap();
+        assert!(open_private(&handle, "ours").unwrap().is_none());
+        fs::symlinkat(above.path(), &handle, "link").unwrap();
+        assert_eq!(open_private(&handle, "link").unwrap_err(), Errno::NOTDIR);
+    }
 }

@@ -7,13 +7,15 @@ mod support;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{CWD, FileType, Mode, mknodat};
+use rustix::fs::{CWD, FileType, Mode, RenameFlags, mknodat, renameat_with};
 use rustix::net::sockopt;
 use support::*;
+use vhost_user::socket::Place;
 use vhost_user::{
     Access, Endpoint, EndpointError, Limits, PATH_MAX, Role, SessionState, SessionStatus, Sessions,
 };
@@ -132,6 +134,143 @@ fn socket_that_is_not_ours_any_more_is_not_removed() {
     let _other = UnixListener::bind(&path).unwrap();
     sessions.remove(id);
     assert!(path.exists());
+}
+
+/// A directory in which a tenant may do anything, one outside of it with a live socket, and that socket.
+fn allowed_and_outside(dir: &Path) -> (PathBuf, PathBuf, UnixListener) {
+    let (allowed, outside) = (dir.join("allowed"), dir.join("outside"));
+    std::fs::create_dir(&allowed).unwrap();
+    std::fs::create_dir(&outside).unwrap();
+    let victim = UnixListener::bind(outside.join("port")).unwrap();
+    victim.set_nonblocking(true).unwrap();
+    (allowed, outside, victim)
+}
+
+#[test]
+fn sockets_stay_beneath_their_directory() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let (allowed, outside, victim) = allowed_and_outside(dir.path());
+    std::fs::create_dir(allowed.join("deep")).unwrap();
+    symlink(&outside, allowed.join("link")).unwrap();
+    symlink("deep", allowed.join("inner")).unwrap();
+    let sessions = sessions();
+    let add = |endpoint, path: &Path| {
+        let endpoint = Endpoint { beneath: Some(allowed.clone()), path: path.to_owned(), ..endpoint };
+        sessions.add(endpoint, Box::new(Recorder::default()))
+    };
+    for path in [
+        allowed.join("link/port"),
+        allowed.join("inner/port"),
+        allowed.join("../outside/port"),
+        outside.join("port"),
+    ] {
+        for endpoint in [Endpoint::listen(""), Endpoint::connect("")] {
+            let error = add(endpoint, &path).unwrap_err();
+            assert!(matches!(error, EndpointError::Strays { .. }), "{}: {error}", path.display());
+        }
+    }
+    assert!(victim.accept().is_err(), "nobody may dial it");
+    assert_eq!(entries(&outside), ["port"]);
+    for path in ["port", "deep/port", "deep/../other"] {
+        let path = allowed.join(path);
+        add(Endpoint::listen(""), &path).unwrap();
+        assert_eq!(Raw::connect(&path).ask(id::GET_FEATURES, &[]), OFFERED.to_ne_bytes());
+    }
+    // A link that the administrator made, above.
+    symlink(&allowed, dir.path().join("alias")).unwrap();
+    let alias = dir.path().join("alias");
+    let endpoint = Endpoint { beneath: Some(alias.clone()), ..Endpoint::listen(alias.join("third")) };
+    sessions.add(endpoint, Box::new(Recorder::default())).unwrap();
+    assert_eq!(entries(&allowed), ["deep", "inner", "link", "other", "port", "third"]);
+}
+
+#[test]
+fn directory_swapped_for_a_link_does_not_move_the_socket() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let (allowed, outside, _victim) = allowed_and_outside(dir.path());
+    let (tenant, away) = (allowed.join("tenant"), allowed.join("away"));
+    std::fs::create_dir(&tenant).unwrap();
+    let place = Place::open(&tenant.join("new"), Some(&allowed)).unwrap();
+    std::fs::rename(&tenant, &away).unwrap();
+    symlink(&outside, &tenant).unwrap();
+    let (_socket, published) = place.publish(Access::default(), 1).unwrap();
+    assert_eq!((entries(&away), entries(&outside)), (vec!["new".to_owned()], vec!["port".to_owned()]));
+    drop(published);
+    assert!(entries(&away).is_empty());
+}
+
+#[test]
+fn directory_that_becomes_a_link_is_not_dialled_through() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let (allowed, outside, victim) = allowed_and_outside(dir.path());
+    let (tenant, sessions) = (allowed.join("tenant"), sessions());
+    std::fs::create_dir(&tenant).unwrap();
+    let endpoint = Endpoint { beneath: Some(allowed.clone()), ..Endpoint::connect(tenant.join("port")) };
+    let id = sessions.add(endpoint, Box::new(Recorder::default())).unwrap();
+    let refused = |what| {
+        wait_until(what, || match sessions.status(id).unwrap().state {
+            SessionState::Dialling { last_error: Some(error), .. } => error.contains("does not stay"),
+            _ => false,
+        });
+    };
+    // The socket's own name as a link, then the directory's.
+    symlink(outside.join("port"), tenant.join("port")).unwrap();
+    refused("a link to a socket");
+    std::fs::remove_file(tenant.join("port")).unwrap();
+    wait_until("nothing there", || match sessions.status(id).unwrap().state {
+        SessionState::Dialling { last_error: Some(error), .. } => error.contains("No such file"),
+        _ => false,
+    });
+    std::fs::remove_dir(&tenant).unwrap();
+    symlink(&outside, &tenant).unwrap();
+    refused("a link to a directory");
+    assert!(victim.accept().is_err(), "nobody may dial it");
+    std::fs::remove_file(&tenant).unwrap();
+    std::fs::create_dir(&tenant).unwrap();
+    let listener = UnixListener::bind(tenant.join("port")).unwrap();
+    let mut front_end = Raw::new(listener.accept().unwrap().0);
+    assert_eq!(front_end.ask(id::GET_FEATURES, &[]), OFFERED.to_ne_bytes());
+}
+
+/// Whoever compares names first and uses them afterwards loses this race within a few rounds.
+#[test]
+fn swapping_all_the_time_does_not_help_either() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let (allowed, outside, victim) = allowed_and_outside(dir.path());
+    let (tenant, link) = (allowed.join("tenant"), allowed.join("link"));
+    std::fs::create_dir(&tenant).unwrap();
+    symlink(&outside, &link).unwrap();
+    let (done, sessions) = (AtomicBool::new(false), sessions());
+    let (mut made, mut refused) = (0, 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                renameat_with(CWD, &tenant, CWD, &link, RenameFlags::EXCHANGE).unwrap();
+            }
+        });
+        let deadline = Instant::now() + SOON;
+        while (made < 100 || refused < 100) && Instant::now() < deadline {
+            for endpoint in [Endpoint::listen(tenant.join("new")), Endpoint::connect(tenant.join("port"))] {
+                let endpoint = Endpoint { beneath: Some(allowed.clone()), ..endpoint };
+                match sessions.add(endpoint, Box::new(Recorder::default())) {
+                    Ok(id) => {
+                        made += 1;
+                        sessions.remove(id);
+                    }
+                    Err(EndpointError::Strays { .. }) => refused += 1,
+                    Err(error) => panic!("{error}"),
+                }
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    assert!(made >= 100 && refused >= 100, "{made} made, {refused} refused");
+    assert!(victim.accept().is_err(), "nobody may dial it");
+    assert_eq!(entries(&outside), ["port"]);
 }
 
 #[test]
