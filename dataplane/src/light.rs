@@ -22,6 +22,11 @@ pub struct LightConfig {
     pub ring_size: u16,
     /// Bytes of each buffer, virtio-net header included.
     pub buffer_len: u32,
+    /// Bytes between two buffers. Without any, buffers of a power of two share few sets of a cache.
+    pub buffer_gap: u32,
+    /// If not 0: [`LightGuest::recycle`] numbers the frames that it sends, 0 up to this and again, in the last three
+    /// bytes of both addresses, as if so many stations of each side talked in pairs.
+    pub stations: u32,
     /// Features to acknowledge if offered (PROTOCOL_FEATURES is added).
     pub features: u64,
     /// Protocol features to acknowledge if offered.
@@ -34,6 +39,9 @@ impl Default for LightConfig {
             queue_pairs: 1,
             ring_size: 256,
             buffer_len: 2048,
+            // As DPDK's buffers lie.
+            buffer_gap: 256,
+            stations: 0,
             features: 1 << features::VERSION_1 | 1 << features::MRG_RXBUF | 1 << features::IN_ORDER,
             // MQ, REPLY_ACK, CONFIGURE_MEM_SLOTS.
             protocol_features: 1 << 0 | 1 << 3 | 1 << 15,
@@ -54,6 +62,9 @@ pub struct LightPair {
     /// Where buffer 0 of each ring is.
     rx_buffers: usize,
     tx_buffers: usize,
+    /// The station whose frame is next, and the TX buffer it will be in.
+    station: u32,
+    station_buffer: u16,
     /// TX buffers that are not on their way.
     tx_free: Vec<u16>,
     /// Buffer behind each head.
@@ -66,6 +77,9 @@ pub struct LightGuest {
     front: FrontEnd,
     memory: Arc<DriverMemory>,
     buffer_len: u32,
+    /// Bytes from one buffer to the next.
+    stride: usize,
+    stations: u32,
     /// Its queue pairs.
     pub pairs: Vec<LightPair>,
 }
@@ -88,7 +102,14 @@ impl LightGuest {
         let memory = DriverMemory::new(layout.pair_bytes * usize::from(config.queue_pairs))?;
         front.set_memory(&[(memory.region(), memory.fd())])?;
         let event_idx = features & 1 << features::EVENT_IDX != 0;
-        let mut guest = Self { front, memory, buffer_len: config.buffer_len, pairs: Vec::new() };
+        let mut guest = Self {
+            front,
+            memory,
+            buffer_len: config.buffer_len,
+            stride: layout.stride,
+            stations: config.stations,
+            pairs: Vec::new(),
+        };
         for n in 0..config.queue_pairs {
             let pair = guest.start_pair(n, &layout, config.ring_size, event_idx)?;
             guest.pairs.push(pair);
@@ -122,6 +143,8 @@ impl LightGuest {
             tx_bells,
             rx_buffers,
             tx_buffers: rx_buffers + layout.buffers_bytes,
+            station: 0,
+            station_buffer: 0,
             tx_free: (0..size).rev().collect(),
             tx_buffer_of: vec![0; usize::from(size)],
             rx_buffer_of: vec![0; usize::from(size)],
@@ -142,7 +165,7 @@ impl LightGuest {
     pub fn offer_all(&mut self) {
         for pair in &mut self.pairs {
             for i in 0..pair.rx.size() {
-                pair.offer_rx(i, self.buffer_len);
+                pair.offer_rx(i, self.buffer_len, self.stride);
             }
             pair.publish_rx();
         }
@@ -160,13 +183,12 @@ impl LightGuest {
             frame.len(),
             self.buffer_len
         );
-        let buffer_len = self.buffer_len as usize;
         let pair = &mut self.pairs[queue];
         while let Some((head, _)) = pair.tx.take_used() {
             pair.tx_free.push(pair.tx_buffer_of[usize::from(head)]);
         }
         let Some(buffer) = pair.tx_free.pop() else { return false };
-        let offset = pair.tx_buffers + usize::from(buffer) * buffer_len;
+        let offset = pair.tx_buffers + usize::from(buffer) * self.stride;
         self.memory.write(offset, header);
         self.memory.write(offset + HEADER_LEN, frame);
         let len = u32::try_from(len).expect("checked against a 32-bit length above");
@@ -189,11 +211,11 @@ impl LightGuest {
                 return false;
             };
             let buffer = pair.rx_buffer_of[usize::from(head)];
-            let offset = pair.rx_buffers + usize::from(buffer) * self.buffer_len as usize;
+            let offset = pair.rx_buffers + usize::from(buffer) * self.stride;
             let at = bytes.len();
             bytes.resize(at + len as usize, 0);
             self.memory.read(offset, &mut bytes[at..]);
-            pair.offer_rx(buffer, self.buffer_len);
+            pair.offer_rx(buffer, self.buffer_len, self.stride);
             if taken == 0 {
                 let count = bytes.get(10..HEADER_LEN).map_or(1, |b| u16::from_le_bytes([b[0], b[1]]));
                 more = count.max(1);
@@ -207,20 +229,20 @@ impl LightGuest {
 
     /// Fills every TX buffer with one of `frames` in turn, and offers all buffers of all rings: for [`Self::recycle`].
     pub fn load(&mut self, frames: &[Vec<u8>]) {
-        let buffer_len = self.buffer_len as usize;
+        let stride = self.stride;
         for pair in &mut self.pairs {
             let mut lengths = Vec::new();
             for i in 0..usize::from(pair.tx.size()) {
                 let frame = &frames[i % frames.len()];
-                let offset = pair.tx_buffers + i * buffer_len;
+                let offset = pair.tx_buffers + i * stride;
                 self.memory.write(offset, &[0; HEADER_LEN]);
                 self.memory.write(offset + HEADER_LEN, frame);
                 lengths.push(u32::try_from(HEADER_LEN + frame.len()).expect("frames are short"));
             }
             let (rx_buffers, tx_buffers) = (pair.rx_buffers, pair.tx_buffers);
-            pair.rx.fill(self.buffer_len, true, |i| rx_buffers + usize::from(i) * buffer_len);
+            pair.rx.fill(self.buffer_len, true, |i| rx_buffers + usize::from(i) * stride);
             pair.tx.fill_each(|i| Buffer {
-                offset: tx_buffers + usize::from(i) * buffer_len,
+                offset: tx_buffers + usize::from(i) * stride,
                 len: lengths[usize::from(i)],
                 writable: false,
             });
@@ -234,6 +256,9 @@ impl LightGuest {
     pub fn recycle(&mut self) -> (u64, u64) {
         let (mut sent, mut filled) = (0, 0);
         for pair in &mut self.pairs {
+            if self.stations != 0 {
+                pair.number_frames(&self.memory, self.stride, self.stations);
+            }
             let tx = pair.tx.recycle();
             if tx != 0 && pair.tx.kick_wanted_after(tx) {
                 let _ = pair.tx_bells.kick.write(1);
@@ -246,11 +271,26 @@ impl LightGuest {
 }
 
 impl LightPair {
-    fn offer_rx(&mut self, buffer: u16, buffer_len: u32) {
-        let offset = self.rx_buffers + usize::from(buffer) * buffer_len as usize;
+    fn offer_rx(&mut self, buffer: u16, buffer_len: u32, stride: usize) {
+        let offset = self.rx_buffers + usize::from(buffer) * stride;
         let head = self.rx.offer(&[Buffer { offset, len: buffer_len, writable: true }]);
         let head = head.expect("as many descriptors as buffers");
         self.rx_buffer_of[usize::from(head)] = buffer;
+    }
+
+    /// Writes addresses into the frames that have come back. More may come back before they are sent again: those keep
+    /// the addresses they had.
+    fn number_frames(&mut self, memory: &DriverMemory, stride: usize, stations: u32) {
+        let back = self.tx.used_idx();
+        while self.station_buffer != back {
+            let buffer = usize::from(self.station_buffer % self.tx.size());
+            let frame = self.tx_buffers + buffer * stride + HEADER_LEN;
+            let number = &self.station.to_be_bytes()[1..];
+            memory.write(frame + 3, number);
+            memory.write(frame + 9, number);
+            self.station = (self.station + 1) % stations;
+            self.station_buffer = self.station_buffer.wrapping_add(1);
+        }
     }
 
     fn publish_rx(&mut self) {
@@ -269,6 +309,7 @@ impl LightPair {
 /// How a light front end's memory is divided.
 struct Layout {
     ring_bytes: usize,
+    stride: usize,
     buffers_bytes: usize,
     pair_bytes: usize,
 }
@@ -276,8 +317,9 @@ struct Layout {
 impl Layout {
     fn new(config: &LightConfig) -> Self {
         let ring_bytes = DriverRing::bytes(config.ring_size).next_multiple_of(4096);
-        let buffers_bytes = usize::from(config.ring_size) * config.buffer_len as usize;
+        let stride = config.buffer_len as usize + config.buffer_gap as usize;
+        let buffers_bytes = usize::from(config.ring_size) * stride;
         let pair_bytes = (2 * ring_bytes + 2 * buffers_bytes).next_multiple_of(4096);
-        Self { ring_bytes, buffers_bytes, pair_bytes }
+        Self { ring_bytes, stride, buffers_bytes, pair_bytes }
     }
 }

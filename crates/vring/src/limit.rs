@@ -11,10 +11,7 @@ use crate::burst::{BURST, BURST_MAX, HEAD_LEN};
 use crate::copy::{copy, prefetch};
 use crate::memory::GuestMemory;
 use crate::setup::RingSetup;
-use crate::split::{DESC_WRITE, SplitRing};
-
-/// Bytes that every buffer has, and that a frame has at the most.
-const BUFFER_LEN: u32 = 2048;
+use crate::split::{DESC_NEXT, SplitRing};
 
 /// A split ring with constant descriptors.
 pub struct LimitRing {
@@ -40,22 +37,26 @@ impl LimitRing {
         self.next
     }
 
-    /// Checks and copies the descriptor table. False if it is not one of single buffers of the length supposed.
+    /// Checks and copies the descriptor table. False if it is not one of single buffers.
     #[cold]
     fn learn(&mut self) -> bool {
+        let head_len = u32::try_from(HEAD_LEN).expect("a head is short");
         let buffers = (0..self.split.size()).map_while(|index| {
             let descriptor = self.split.descriptor(index)?;
-            let writable = descriptor.flags & DESC_WRITE != 0;
             // Frames are read, and buffers written, in heads of a fixed length.
-            let (at, part) = self.memory.translate_part(descriptor.addr, BUFFER_LEN)?;
-            if part < BUFFER_LEN {
-                return None;
-            }
-            let fits = if writable { descriptor.len >= BUFFER_LEN } else { descriptor.len <= BUFFER_LEN };
-            fits.then_some((at, descriptor.len))
+            let len = descriptor.len.max(head_len);
+            let (at, part) = self.memory.translate_part(descriptor.addr, len)?;
+            (part == len && descriptor.flags & DESC_NEXT == 0).then_some((at, descriptor.len))
         });
         self.buffers = buffers.collect();
         self.buffers.len() == usize::from(self.split.size())
+    }
+
+    /// Whether the longest frame fits into the shortest buffer of `to`.
+    #[cold]
+    fn fits(&self, to: &Self) -> bool {
+        let (frames, room) = (self.buffers.iter().map(|b| b.1).max(), to.buffers.iter().map(|b| b.1).min());
+        frames <= room
     }
 
     /// Moves up to 64 frames from this TX ring into the RX ring `to`; returns how many.
@@ -71,7 +72,8 @@ impl LimitRing {
             return 0;
         }
         if self.buffers.is_empty() || to.buffers.is_empty() {
-            assert!(self.learn() && to.learn(), "the bare loop is for single buffers of {BUFFER_LEN} bytes");
+            let fits = self.learn() && to.learn() && self.fits(to);
+            assert!(fits, "the bare loop is for frames in single buffers that fit into single buffers");
         }
         let mut copies = [(std::ptr::null::<u8>(), std::ptr::null_mut::<u8>(), 0usize); BURST_MAX];
         for (i, copy) in (0..count).zip(&mut copies) {
@@ -82,8 +84,8 @@ impl LimitRing {
             *copy = (source, target, len as usize);
         }
         for &(from, to, len) in &copies[..usize::from(count)] {
-            // SAFETY: both buffers have BUFFER_LEN bytes in memory that the rings hold, and no frame is longer. The
-            // drivers are our own: their buffers do not overlap.
+            // SAFETY: `learn` translated the longer of buffer and head on both sides, in memory that the rings hold, and
+            // `fits` that no frame is longer than a buffer. The drivers are our own: their buffers do not overlap.
             unsafe { copy(from, to, len.max(HEAD_LEN)) };
         }
         self.publish(count);
