@@ -1,6 +1,8 @@
 //! The daemon as people run it: `vhostd serve` in a network namespace that plays the host, and its command line.
 
 use std::env;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
@@ -15,6 +17,8 @@ use crate::process::Process;
 
 /// For the daemon to answer, and for a plug to forward.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
+/// Silence after which an answer of the API is taken to be over.
+const HTTP_PAUSE: Duration = Duration::from_secs(2);
 
 /// A running daemon with a state directory, an API socket and a host of its own. Dropping it kills it.
 #[derive(Debug)]
@@ -51,6 +55,31 @@ impl Daemon {
     /// The namespace it runs in.
     pub fn host(&self) -> &Netns {
         &self.host
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Sends a request to the API and gives the whole answer, head and body. A stream of events is cut after a moment.
+    pub fn http(&self, method: &str, path: &str, body: &str) -> Result<String> {
+        let mut stream = UnixStream::connect(self.dir.path().join("api.sock"))?;
+        stream.set_read_timeout(Some(HTTP_PAUSE))?;
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nHost: vhostd\r\nConnection: close\r\nContent-Type: application/json\r\n\
+             Content-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        let mut answer = Vec::new();
+        let written = stream.write_all(request.as_bytes());
+        let read = stream.read_to_end(&mut answer);
+        // A request that is refused half-way ends with an answer and a broken connection.
+        if answer.is_empty() {
+            written?;
+            read?;
+        }
+        Ok(String::from_utf8_lossy(&answer).into_owned())
     }
 
     /// A path for the socket of a plug.
