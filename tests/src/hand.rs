@@ -17,7 +17,7 @@ use crate::peer::{MODERN, PROTOCOL, header_len};
 
 /// Where frames and tables lie: behind four rings of the largest size.
 pub const BUFFERS: usize = 8 << 20;
-/// Bytes of memory in all.
+/// Bytes of memory in all, usually.
 pub const MEMORY: usize = 16 << 20;
 
 /// What RX buffers hold before the device writes them: see [`Hand::poison`].
@@ -32,6 +32,8 @@ pub struct HandConfig {
     pub size: u16,
     /// Features to acknowledge if offered (PROTOCOL_FEATURES is added).
     pub features: u64,
+    /// Bytes of memory.
+    pub memory: usize,
     /// Parts of the memory that are regions: offset and length. What is in none is a hole.
     pub regions: Vec<(usize, usize)>,
     /// The file can be truncated.
@@ -41,7 +43,7 @@ pub struct HandConfig {
 impl Default for HandConfig {
     fn default() -> Self {
         let regions = vec![(0, MEMORY)];
-        Self { queue_pairs: 1, size: 64, features: MODERN, regions, unsealed: false }
+        Self { queue_pairs: 1, size: 64, features: MODERN, memory: MEMORY, regions, unsealed: false }
     }
 }
 
@@ -96,8 +98,7 @@ impl Hand {
     pub fn connect(path: impl AsRef<Path>, config: &HandConfig) -> Result<Self, FrontEndError> {
         let mut front = FrontEnd::connect(path)?;
         front.negotiate(config.features | 1 << features::PROTOCOL_FEATURES, PROTOCOL)?;
-        let memory =
-            if config.unsealed { DriverMemory::unsealed(MEMORY) } else { DriverMemory::new(MEMORY) }?;
+        let memory = if config.unsealed { DriverMemory::unsealed } else { DriverMemory::new }(config.memory)?;
         let regions: Vec<_> = config.regions.iter().map(|(at, len)| memory.region_of(*at, *len)).collect();
         front.set_memory(&regions.iter().map(|region| (*region, memory.fd())).collect::<Vec<_>>())?;
         let header_len = header_len(config.features);
