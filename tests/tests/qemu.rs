@@ -49,13 +49,14 @@ fn two_queues_jumbo_frames_and_a_reboot() {
     for guest in &mut net.guests {
         guest.cpus = 2;
         guest.queues = 2;
-        guest.mtu = Some(8900);
+        guest.mtu = Some(9000);
     }
     let [mut one, mut two] = net.guests.each_ref().map(|guest| guest.boot(&net.daemon).unwrap());
     net.interrupt_line(&one).unwrap();
     net.jumbo_frames(&one, &two).unwrap();
     net.both_queues(&one, &two).unwrap();
     net.reboot(&mut one, &mut two).unwrap();
+    net.smaller_mtu(one).unwrap();
 }
 
 /// The daemon with a network of two guests and an uplink.
@@ -208,26 +209,47 @@ impl Net {
         Ok(())
     }
 
-    /// The plug allows 9000, QEMU asks for less (NET_SET_MTU), the guest takes that, and a frame of that size is one frame.
+    /// Frames of exactly the MTU go both ways and to the host, undivided.
     fn jumbo_frames(&self, one: &Guest, two: &Guest) -> Result<()> {
-        for guest in [one, two] {
-            ensure!(guest.check("cat /sys/class/net/eth0/mtu")?.trim() == "8900");
+        for (plug, guest) in [("one", one), ("two", two)] {
+            self.ensure_mtu(plug, guest, 9000)?;
+            // Linux sets DF on what fits the MTU, unless it is told not to look for the path's.
+            ensure!(guest.check("cat /proc/sys/net/ipv4/ip_no_pmtu_disc")?.trim() == "0");
         }
-        for plug in ["one", "two"] {
-            ensure!(self.daemon.stats(plug)?["mtu"] == 8900, "{}", self.daemon.stats(plug)?);
+        let ways =
+            [("one", one, TWO.address), ("two", two, ONE.address), ("one", one, HOST), ("two", two, HOST)];
+        for (plug, from, to) in ways {
+            ping(from, to, "")?;
+            let sent = || self.daemon.stats(plug)?["rx_frames"].as_u64().context("no rx_frames");
+            let before = (sent()?, fragments(from)?);
+            // 8 bytes of ICMP and 20 of IP make 9000.
+            ping(from, to, "-s 8972")?;
+            let (frames, cut) = (sent()? - before.0, fragments(from)? - before.1);
+            // Twelve pings, and perhaps neighbour discovery.
+            ensure!(
+                (12..40).contains(&frames) && cut == 0,
+                "{plug} to {to}: {frames} frames, {cut} fragments"
+            );
+            ping(from, to, "-s 8973")?;
+            let cut = fragments(from)? - before.1;
+            ensure!(cut == 24, "{plug} to {to}: twelve frames too long by a byte make {cut} fragments");
         }
-        for to in [TWO.address, HOST] {
-            ping(one, to, "")?;
-            let frames = |daemon: &Daemon| -> Result<u64> {
-                daemon.stats("one")?["rx_frames"].as_u64().context("no rx_frames")
-            };
-            let before = frames(&self.daemon)?;
-            // 8 bytes of ICMP and 20 of IP make 8900.
-            ping(one, to, "-s 8872")?;
-            let sent = frames(&self.daemon)? - before;
-            // Twelve pings, and perhaps neighbour discovery; in fragments they would be 84.
-            ensure!((12..40).contains(&sent), "{sent} frames for 12 pings of 8900 bytes");
-        }
+        Ok(())
+    }
+
+    /// The plug allows 9000, QEMU asks for less (NET_SET_MTU), and the guest takes that.
+    fn smaller_mtu(&mut self, one: Guest) -> Result<()> {
+        one.kill()?;
+        self.wait_for_phase("one", "attached")?;
+        self.guests[0].mtu = Some(8900);
+        let one = self.guests[0].boot(&self.daemon)?;
+        self.ensure_mtu("one", &one, 8900)?;
+        ping(&one, HOST, "-s 8872")
+    }
+
+    fn ensure_mtu(&self, plug: &str, guest: &Guest, mtu: u16) -> Result<()> {
+        ensure!(guest.check("cat /sys/class/net/eth0/mtu")?.trim() == mtu.to_string());
+        ensure!(self.daemon.stats(plug)?["mtu"] == mtu, "{}", self.daemon.stats(plug)?);
         Ok(())
     }
 
@@ -262,6 +284,15 @@ impl Net {
         self.guests[1].configure(two)?;
         self.pings(one, two)
     }
+}
+
+/// IP fragments that a guest has made (RFC 4293, ipSystemStatsOutFragCreates).
+fn fragments(guest: &Guest) -> Result<u64> {
+    let text = guest.check("grep ^Ip: /proc/net/snmp")?;
+    let (names, numbers) = text.split_once('\n').context("two lines")?;
+    let mut columns = names.split(' ').zip(numbers.split(' '));
+    let (_, number) = columns.find(|(name, _)| *name == "FragCreates").context("no FragCreates")?;
+    Ok(number.trim().parse()?)
 }
 
 /// Eleven pings, all answered after the first, which may have to find the way.
