@@ -103,7 +103,7 @@ impl Testpmd {
         // --no-shconf: no files in /run/dpdk, through which processes would find each other.
         command
             .args(["--output=L", "dpdk-testpmd", "--no-pci", "--no-huge", "-m", "512", "--no-telemetry"])
-            .args(["--no-shconf", "-l", lcores]);
+            .args(["--no-shconf", "-l", lcores, "--log-level=pmd.net.virtio.init:debug"]);
         for vdev in vdevs {
             command.args(["--vdev", vdev]);
         }
@@ -125,6 +125,11 @@ impl Testpmd {
     /// Counters of every port, in order.
     pub fn stats(&mut self) -> Result<Vec<PortStats>> {
         Ok(parse_stats(&self.command("show port stats all")?))
+    }
+
+    /// Features that its virtio-user ports negotiated, in order.
+    pub fn features(&self) -> Result<Vec<u64>> {
+        parse_features(&self.process.log()?)
     }
 
     /// Process id.
@@ -154,6 +159,12 @@ impl Testpmd {
                 .map(|(text, _)| text.to_owned()))
         })
     }
+}
+
+/// Reads the features out of the log of virtio's start.
+fn parse_features(log: &str) -> Result<Vec<u64>> {
+    let after = log.lines().filter_map(|line| line.split_once("features after negotiate = "));
+    after.map(|(_, bits)| Ok(u64::from_str_radix(bits.trim(), 16)?)).collect()
 }
 
 /// Reads `show port stats all`: a heading per port, then words `NAME: number`.
@@ -214,6 +225,15 @@ mod tests {
         let one = PortStats { rx_packets: 7, rx_bytes: 420, ..PortStats::default() };
         assert_eq!(parse_stats(text), [zero, one]);
         assert_eq!(parse_stats("Bad arguments"), []);
+    }
+
+    #[test]
+    fn features_are_read_port_by_port() {
+        let log = "virtio_ethdev_negotiate_features(): host_features before negotiate = 9100199a3
+virtio_ethdev_negotiate_features(): features after negotiate = 910018020
+testpmd> virtio_ethdev_negotiate_features(): features after negotiate = 10
+";
+        assert_eq!(parse_features(log).unwrap(), [0x9_1001_8020, 0x10]);
     }
 
     #[test]

@@ -17,6 +17,7 @@ use e2e::daemon::Daemon;
 use e2e::deadline::wait_for_some;
 use e2e::testpmd::{Testpmd, VirtioUser};
 use serde_json::Value;
+use vring::features::{IN_ORDER, MQ, MRG_RXBUF, VERSION_1};
 
 /// Frames that testpmd sends on each queue of each port to begin with.
 const BURST: u64 = 32;
@@ -69,6 +70,7 @@ fn go_round(role: &str, shape: &VirtioUser) -> Result<u64> {
     let mut testpmd =
         Testpmd::start("testpmd", "0,1", &vdevs, &["--nb-cores=1", "--txonly-multi-flow", &rxq, &txq])?;
     daemon.wait_for_forwarding(&["p0", "p1"])?;
+    ensure_negotiated(&testpmd, shape)?;
 
     testpmd.command("start tx_first")?;
     wait_for_some("frames to go round", TIMEOUT, || {
@@ -103,6 +105,25 @@ fn go_round(role: &str, shape: &VirtioUser) -> Result<u64> {
         }
     }
     Ok(counts[0].rx + counts[1].rx)
+}
+
+/// The shape is what both ends agreed on, not only what was asked for.
+fn ensure_negotiated(testpmd: &Testpmd, shape: &VirtioUser) -> Result<()> {
+    let ports = testpmd.features()?;
+    ensure!(ports.len() == 2, "{ports:x?}");
+    for features in ports {
+        let wanted = [
+            (IN_ORDER, shape.in_order),
+            (MRG_RXBUF, shape.mrg_rxbuf),
+            (MQ, shape.queues > 1),
+            (VERSION_1, true),
+        ];
+        for (bit, wanted) in wanted {
+            ensure!((features & 1 << bit != 0) == wanted, "feature {bit} of {features:#x}: wanted {wanted}");
+        }
+    }
+    ensure!(testpmd.log()?.contains("using inorder Rx path") == shape.in_order, "the path of its frames");
+    Ok(())
 }
 
 fn counts(stats: &Value) -> Result<Counts> {
