@@ -27,7 +27,7 @@ struct Side {
 impl Side {
     fn new(len: u32, writable: bool) -> Self {
         let memory = DriverMemory::new(1 << 20).expect("memory");
-        let mut ring = DriverRing::new(&memory, 0, SIZE, false);
+        let mut ring = DriverRing::new(&memory, 0, SIZE, 0);
         ring.fill_each(|i| Buffer { offset: BUFFERS + usize::from(i) * BUFFER, len, writable });
         ring.publish();
         ring.recycle();

@@ -38,8 +38,10 @@ const OFFERED: u64 = 1 << CSUM
     | 1 << EVENT_IDX
     | 1 << PROTOCOL_FEATURES
     | 1 << VERSION_1
+    | 1 << RING_PACKED
     | 1 << IN_ORDER
-    | 1 << ORDER_PLATFORM;
+    | 1 << ORDER_PLATFORM
+    | 1 << RING_RESET;
 
 /// Protocol features, by bit (vhost-user specification, "Protocol features"): MQ, RARP, REPLY_ACK, NET_MTU, BACKEND_REQ,
 /// CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS.
@@ -124,7 +126,7 @@ impl GuestDevice {
         Ok(())
     }
 
-    fn stop_tx(&self, pair: &QueuePair) -> Option<u16> {
+    fn stop_tx(&self, pair: &QueuePair) -> Option<u32> {
         let ring = pair.tx.lock().ring.take()?;
         if let Some(kick) = ring.kick_fd() {
             self.worker(pair).unwatch(kick);
@@ -216,7 +218,7 @@ impl Device for GuestDevice {
         Ok(())
     }
 
-    fn stop_ring(&mut self, index: u16) -> Option<u16> {
+    fn stop_ring(&mut self, index: u16) -> Option<u32> {
         let pair = self.pair(index)?;
         let base = if index.is_multiple_of(2) {
             let stopped = pair.rx.lock().ring.take();

@@ -99,9 +99,8 @@ impl LightGuest {
         let features = config.features | 1 << features::PROTOCOL_FEATURES;
         let features = front.negotiate(features, config.protocol_features)?;
         let layout = Layout::new(config);
-        let memory = DriverMemory::new(layout.pair_bytes * usize::from(config.queue_pairs))?;
+        let memory = DriverMemory::huge(layout.pair_bytes * usize::from(config.queue_pairs))?;
         front.set_memory(&[(memory.region(), memory.fd())])?;
-        let event_idx = features & 1 << features::EVENT_IDX != 0;
         let mut guest = Self {
             front,
             memory,
@@ -111,7 +110,7 @@ impl LightGuest {
             pairs: Vec::new(),
         };
         for n in 0..config.queue_pairs {
-            let pair = guest.start_pair(n, &layout, config.ring_size, event_idx)?;
+            let pair = guest.start_pair(n, &layout, config.ring_size, features)?;
             guest.pairs.push(pair);
         }
         for index in 0..2 * config.queue_pairs {
@@ -125,14 +124,14 @@ impl LightGuest {
         n: u16,
         layout: &Layout,
         size: u16,
-        event_idx: bool,
+        features: u64,
     ) -> Result<LightPair, FrontEndError> {
         let at = layout.pair_bytes * usize::from(n);
-        let mut rx = DriverRing::new(&self.memory, at, size, event_idx);
-        let mut tx = DriverRing::new(&self.memory, at + layout.ring_bytes, size, event_idx);
+        let mut rx = DriverRing::new(&self.memory, at, size, features);
+        let mut tx = DriverRing::new(&self.memory, at + layout.ring_bytes, size, features);
         rx.want_no_call();
         tx.want_no_call();
-        let place = |ring: &DriverRing| RingPlace { size, user_addrs: ring.user_addrs(), base: 0 };
+        let place = |ring: &DriverRing| RingPlace { size, user_addrs: ring.user_addrs(), base: ring.start() };
         let rx_bells = self.front.start_ring(2 * n, place(&rx))?;
         let tx_bells = self.front.start_ring(2 * n + 1, place(&tx))?;
         let rx_buffers = at + 2 * layout.ring_bytes;

@@ -115,12 +115,11 @@ impl Hand {
 
     fn start(&mut self, index: u16, size: u16) -> Result<HandRing, FrontEndError> {
         let at = DriverRing::bytes(size).next_multiple_of(4096) * usize::from(index);
-        let event_idx = self.front.features() & 1 << features::EVENT_IDX != 0;
         // A ring starts from nothing, also if an earlier one lay here.
         self.memory.write(at, &vec![0; DriverRing::bytes(size)]);
-        let mut ring = DriverRing::new(&self.memory, at, size, event_idx);
+        let mut ring = DriverRing::new(&self.memory, at, size, self.front.features());
         ring.want_no_call();
-        let place = RingPlace { size, user_addrs: ring.user_addrs(), base: 0 };
+        let place = RingPlace { size, user_addrs: ring.user_addrs(), base: ring.start() };
         let bells = self.front.start_ring(index, place)?;
         Ok(HandRing { ring, bells, index, avail: 0 })
     }

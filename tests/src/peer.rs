@@ -219,10 +219,9 @@ impl Peer {
 
     fn start(&mut self, index: u16, at: usize, ring_bytes: usize) -> Result<Ring, FrontEndError> {
         let size = self.config.ring_size;
-        let event_idx = self.front.features() & 1 << features::EVENT_IDX != 0;
-        let mut ring = DriverRing::new(&self.memory, at, size, event_idx);
+        let mut ring = DriverRing::new(&self.memory, at, size, self.front.features());
         ring.want_no_call();
-        let place = RingPlace { size, user_addrs: ring.user_addrs(), base: 0 };
+        let place = RingPlace { size, user_addrs: ring.user_addrs(), base: ring.start() };
         let bells = self.front.start_ring(index, place)?;
         let slots = Slots {
             at: at + ring_bytes,

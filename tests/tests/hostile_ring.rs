@@ -368,7 +368,7 @@ fn r36_stop_and_start_between_publish_and_kick_loses_nothing() -> Result<()> {
         let whole = hand.put(BUFFERS, &plain(), &next);
         hand.tx().ring.set_descriptor(0, whole);
         hand.tx().post_silently(&[0]);
-        let base = hand.front().stop_ring(1)?;
+        let base = u16::try_from(hand.front().stop_ring(1)?)?;
         let avail = hand.tx().avail;
         // The worker may or may not have seen the frame; the base says which, and it must be the truth.
         ensure!(base == hand.tx().ring.used_idx(), "round {round}: base {base}");

@@ -34,7 +34,7 @@ fn frames() -> u64 {
 }
 
 /// Every kind of guest: shape of its buffers, mergeable or not, notification by index or by flags, header of 12 bytes
-/// or of 10.
+/// or of 10, split ring or packed.
 fn kinds() -> Vec<PeerConfig> {
     let mut kinds = Vec::new();
     for shape in [Shape::Single, Shape::Chained, Shape::Indirect] {
@@ -42,8 +42,10 @@ fn kinds() -> Vec<PeerConfig> {
             let legacy = 1 << features::INDIRECT_DESC | event_idx;
             let modern = MODERN | event_idx;
             let mergeable = MERGEABLE | event_idx;
-            for features in [legacy, modern, mergeable] {
-                let rx_len = if features == mergeable { 2048 } else { TX_LEN };
+            let packed = mergeable | 1 << features::RING_PACKED;
+            let in_order = packed | 1 << features::IN_ORDER;
+            for features in [legacy, modern, mergeable, packed, in_order] {
+                let rx_len = if features & 1 << features::MRG_RXBUF != 0 { 2048 } else { TX_LEN };
                 kinds.push(PeerConfig {
                     queue_pairs: 1,
                     ring_size: 128,

@@ -83,10 +83,10 @@ pub trait Device: Send {
         setup: RingSetup,
         memory: &Arc<GuestMemory>,
     ) -> Result<(), RingError>;
-    /// Stops a ring and returns the next available index. When this returns, nothing touches the ring's memory any
+    /// Stops a ring and returns where it was (see [`RingSetup::base`]). When this returns, nothing touches the ring's memory any
     /// more. `None` if it was not running (or broke and has no meaningful index: the session then answers with the
     /// base it knows).
-    fn stop_ring(&mut self, index: u16) -> Option<u16>;
+    fn stop_ring(&mut self, index: u16) -> Option<u32>;
     /// SET_VRING_ENABLE on a running ring. Disabled RX: frames for it are dropped. Disabled TX: drained and dropped.
     fn enable_ring(&mut self, index: u16, enabled: bool);
     /// Replaces the call fd of a running ring and signals the new one once, so that no notification is lost.

@@ -183,10 +183,10 @@ impl FrontEnd {
         Ok(())
     }
 
-    /// GET_VRING_BASE: stops the ring; returns the next available index.
-    pub fn stop_ring(&self, index: u16) -> Result<u16> {
-        let base = self.vhost.get_vring_base(index.into())?;
-        u16::try_from(base).map_err(|_| FrontEndError::Answer(FrontendReq::GET_VRING_BASE))
+    /// GET_VRING_BASE: stops the ring; returns where it was. Split ring: the next available index. Packed ring: positions
+    /// of the next available and, in the upper half, of the next used descriptor.
+    pub fn stop_ring(&self, index: u16) -> Result<u32> {
+        Ok(self.vhost.get_vring_base(index.into())?)
     }
 
     /// RESET_DEVICE.

@@ -25,7 +25,7 @@ pub(crate) struct Ring {
     pub(crate) size: Option<u16>,
     pub(crate) addr: Option<RingAddr>,
     /// Where to go on: from SET_VRING_BASE, or where the ring last stopped.
-    pub(crate) base: u16,
+    pub(crate) base: u32,
     pub(crate) kick: Option<Kick>,
     pub(crate) call: Option<OwnedFd>,
     pub(crate) err: Option<OwnedFd>,

@@ -218,7 +218,7 @@ impl Session {
                 self.replace_memory(device, memory);
             }
             Request::SetVringNum { index, size } => {
-                let packed = self.offer.features & RING_PACKED != 0;
+                let packed = self.is_packed();
                 let ring = self.stopped_ring(index)?;
                 if !(1..=RING_SIZE_MAX).contains(&size) || !(packed || size.is_power_of_two()) {
                     return Err(Refused::RingSize(size).into());
@@ -317,6 +317,11 @@ impl Session {
         Ok(())
     }
 
+    /// Whether rings are packed, as negotiated.
+    fn is_packed(&self) -> bool {
+        self.features.is_some_and(|features| features & RING_PACKED != 0)
+    }
+
     /// Puts new memory in place; running rings move over before the old is let go.
     fn replace_memory(&mut self, device: &mut dyn Device, memory: GuestMemory) {
         let memory = Arc::new(memory);
@@ -329,8 +334,12 @@ impl Session {
     }
 
     fn set_base(&mut self, device: &mut dyn Device, index: u32, base: u32) -> Result<(), Refused> {
+        let packed = self.is_packed();
         let ring = self.ring(index)?;
-        let base = u16::try_from(base).map_err(|_| Refused::RingBase(base))?;
+        // A packed ring has two positions there, 15 bits and a wrap counter each.
+        if !packed && base > u16::MAX.into() {
+            return Err(Refused::RingBase(base));
+        }
         let restart = ring.started;
         if restart {
             // Some front ends send KICK before BASE.
@@ -368,7 +377,7 @@ impl Session {
         ring.kick = None;
         let base = ring.base;
         self.changed = true;
-        Ok(Some(ring_state_reply(index, base.into())))
+        Ok(Some(ring_state_reply(index, base)))
     }
 
     fn enable_ring(&mut self, device: &mut dyn Device, index: u32, enable: u32) -> Result<(), Refused> {

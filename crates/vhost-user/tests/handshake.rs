@@ -17,7 +17,7 @@ fn handshake(front_end: &mut FrontEnd) {
     let memory = DriverMemory::new(1 << 20).unwrap();
     front_end.set_memory(&[(memory.region(), memory.fd())]).unwrap();
     for index in 0..2u16 {
-        let ring = DriverRing::new(&memory, usize::from(index) * 0x4000, 256, false);
+        let ring = DriverRing::new(&memory, usize::from(index) * 0x4000, 256, 0);
         let place = RingPlace { size: 256, user_addrs: ring.user_addrs(), base: 7 };
         front_end.start_ring(index, place).unwrap();
     }

@@ -4,9 +4,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::burst::ChainFault;
+use crate::descriptor::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor};
+use crate::layout::{Chain, Layout};
 use crate::memory::{GuestMemory, Window};
+use crate::packed::PackedRing;
 use crate::setup::RingSetup;
-use crate::split::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, SplitRing};
+use crate::split::SplitRing;
 use crate::{RingError, features, notify};
 
 /// Why a running ring was stopped: its content makes no sense as a whole, so going on could only do harm. The front
@@ -23,7 +26,7 @@ pub enum RingFault {
         /// Descriptors.
         size: u16,
     },
-    /// An available entry names no descriptor.
+    /// An available entry names no descriptor, or a buffer's id (packed ring) is none.
     #[error("available entry {entry} of a ring of {size}")]
     Head {
         /// What it names.
@@ -42,22 +45,53 @@ pub enum RingFault {
     Unmapped,
 }
 
+/// A ring of either layout.
+pub(crate) enum AnyRing {
+    Split(DeviceRing<SplitRing>),
+    Packed(DeviceRing<PackedRing>),
+}
+
+/// Runs the same code on either; it is compiled for each.
+macro_rules! either {
+    ($any:expr, $ring:ident => $code:expr) => {
+        match $any {
+            crate::device::AnyRing::Split($ring) => $code,
+            crate::device::AnyRing::Packed($ring) => $code,
+        }
+    };
+}
+pub(crate) use either;
+
+impl AnyRing {
+    pub(crate) fn start(setup: RingSetup, memory: &Arc<GuestMemory>) -> Result<Self, RingError> {
+        Ok(if setup.features & (1 << features::RING_PACKED) == 0 {
+            Self::Split(DeviceRing::start(setup, memory)?)
+        } else {
+            Self::Packed(DeviceRing::start(setup, memory)?)
+        })
+    }
+}
+
 /// State of one running ring. Between bursts nothing is outstanding: `next` is where to go on, and the whole truth.
-pub(crate) struct DeviceRing {
-    pub(crate) split: SplitRing,
-    /// Keeps what `split` points to mapped.
+pub(crate) struct DeviceRing<L> {
+    pub(crate) layout: L,
+    /// Keeps what `layout` points to mapped.
     pub(crate) memory: Arc<GuestMemory>,
     /// Region to try first.
     window: Window,
-    /// Next available entry to take.
+    /// Position of the next chain to take.
     pub(crate) next: u16,
-    /// Available index as last seen.
+    /// Available index as last seen (split ring).
     seen: u16,
-    /// Next used element to write.
+    /// Position of the next used element to write.
     pub(crate) used: u16,
+    /// The element at `used` while others behind it are there: (id, length). See [`Layout::FIRST_LAST`].
+    first_used: (u16, u32),
     /// Bytes of virtio-net header in this ring: 12, or 10 (legacy without MRG_RXBUF).
     pub(crate) header_len: u32,
     pub(crate) mergeable: bool,
+    /// Buffers are used in the order in which they were offered: one element may stand for many.
+    pub(crate) in_order: bool,
     /// Descriptors walked in this burst.
     walked: u32,
     event_idx: bool,
@@ -65,53 +99,60 @@ pub(crate) struct DeviceRing {
     setup: RingSetup,
 }
 
-impl DeviceRing {
-    pub(crate) fn start(setup: RingSetup, memory: &Arc<GuestMemory>) -> Result<Self, RingError> {
-        let split = SplitRing::new(&setup, memory)?;
+impl<L: Layout> DeviceRing<L> {
+    fn start(setup: RingSetup, memory: &Arc<GuestMemory>) -> Result<Self, RingError> {
+        let layout = L::new(&setup, memory)?;
+        let [next, used] = layout.start(setup.base)?;
         let has = |bit: u32| setup.features & (1 << bit) != 0;
         let mergeable = has(features::MRG_RXBUF);
         let ring = Self {
-            split,
+            layout,
             memory: memory.clone(),
             window: Window::EMPTY,
-            next: setup.base,
-            seen: setup.base,
-            // The one time that the used index is read back: it is where the driver expects us to go on.
-            used: split.used_idx(),
+            next,
+            seen: next,
+            used,
+            first_used: (0, 0),
             header_len: if mergeable || has(features::VERSION_1) { 12 } else { 10 },
             mergeable,
+            in_order: has(features::IN_ORDER),
             walked: 0,
             event_idx: has(features::EVENT_IDX),
             indirect: has(features::INDIRECT_DESC),
             setup,
         };
-        notify::disarm(&ring.split.kicks(), ring.event_idx);
+        ring.disarm();
         Ok(ring)
+    }
+
+    /// What GET_VRING_BASE answers.
+    pub(crate) fn base(&self) -> u32 {
+        L::base(self.next)
     }
 
     /// Goes on in another memory table.
     pub(crate) fn remap(&mut self, memory: &Arc<GuestMemory>) -> Result<(), RingFault> {
-        self.split = SplitRing::new(&self.setup, memory).map_err(|_| RingFault::Unmapped)?;
+        self.layout = L::new(&self.setup, memory).map_err(|_| RingFault::Unmapped)?;
         self.memory = memory.clone();
         self.window = Window::EMPTY;
         Ok(())
     }
 
-    /// How many entries are available, at least `wanted` if the driver has offered that many. One acquire load, and
+    /// How many chains may be looked for, at least `wanted` if the driver has offered that many. One acquire load, and
     /// none if what was seen last suffices.
     #[inline]
     pub(crate) fn available(&mut self, wanted: u16) -> Result<u16, RingFault> {
-        let known = self.seen.wrapping_sub(self.next);
-        if known >= wanted {
-            return Ok(known);
+        self.layout.available(self.next, &mut self.seen, wanted)
+    }
+
+    /// The chain at position `at`, its id and first descriptor; `None` if none is available there.
+    #[inline]
+    pub(crate) fn chain(&mut self, at: u16) -> Result<Option<(u16, Descriptor)>, RingFault> {
+        let before = at.wrapping_sub(self.next);
+        if self.available(before.wrapping_add(1))? <= before {
+            return Ok(None);
         }
-        let to = self.split.avail_idx();
-        let available = to.wrapping_sub(self.next);
-        if available > self.split.size() {
-            return Err(RingFault::AvailIndex { from: self.next, to, size: self.split.size() });
-        }
-        self.seen = to;
-        Ok(available)
+        self.layout.first(at)
     }
 
     /// Our address of a buffer that lies in one region, and how many bytes are mapped there.
@@ -131,23 +172,24 @@ impl DeviceRing {
         Some(found)
     }
 
-    /// Head of the chain in available entry `index`.
+    /// Writes the used element at `at`; visible with the next [`Self::publish`].
     #[inline]
-    pub(crate) fn head(&self, index: u16) -> Result<(u16, Descriptor), RingFault> {
-        let entry = self.split.avail_entry(index);
-        match self.split.descriptor(entry) {
-            Some(descriptor) => Ok((entry, descriptor)),
-            None => Err(RingFault::Head { entry, size: self.split.size() }),
+    pub(crate) fn set_used(&mut self, at: u16, id: u16, len: u32) {
+        if L::FIRST_LAST && at == self.used {
+            self.first_used = (id, len);
+        } else {
+            self.layout.set_used(at, id, len);
         }
     }
 
-    /// Publishes used elements up to `used` and tells whether the driver wants to hear of it.
+    /// Everything up to `next` is taken, and used elements are written up to `used`: makes them visible, and tells
+    /// whether the driver wants to hear of it.
     #[inline]
-    pub(crate) fn publish(&mut self, used: u16) -> bool {
-        let old = self.used;
-        self.used = used;
-        self.split.publish_used(used);
-        self.setup.call.is_some() && notify::wanted(&self.split.calls(), self.event_idx, old, used)
+    pub(crate) fn publish(&mut self, next: u16, used: u16) -> bool {
+        let old = std::mem::replace(&mut self.used, used);
+        self.next = next;
+        self.layout.publish(old, used, self.first_used);
+        self.setup.call.is_some() && notify::wanted(&self.layout.calls(self.event_idx), old, used)
     }
 
     /// Whether memory of this front end went away: what was copied may be zeros put in place of it.
@@ -158,11 +200,15 @@ impl DeviceRing {
 
     /// Asks for a kick. False if frames came meanwhile: then no kick will come for them.
     pub(crate) fn arm(&mut self) -> bool {
-        notify::arm(&self.split.kicks(), self.event_idx, self.next)
+        notify::arm(&self.layout.kicks(self.event_idx), self.next)
     }
 
-    pub(crate) fn disarm(&mut self) {
-        notify::disarm(&self.split.kicks(), self.event_idx);
+    pub(crate) fn disarm(&self) {
+        notify::disarm(&self.layout.kicks(self.event_idx));
+    }
+
+    pub(crate) fn size(&self) -> u16 {
+        self.layout.size()
     }
 
     pub(crate) fn kick_fd(&self) -> Option<BorrowedFd<'_>> {
@@ -195,23 +241,39 @@ impl DeviceRing {
     /// ring's size, and so would be their number: size² descriptors a frame, if nobody counted.
     #[inline]
     pub(crate) fn walked_enough(&self) -> bool {
-        self.walked > u32::from(self.split.size()) + WALK_MAX
+        self.walked > u32::from(self.layout.size()) + WALK_MAX
     }
 
-    /// Visits the buffers of the chain that begins with `first`, contiguous piece by contiguous piece, empty ones left
-    /// out. `writable` says which direction every buffer must have. `visit` returns false to refuse a piece.
+    /// A chain about to be walked.
+    pub(crate) fn open(&self, at: u16, id: u16, first: Descriptor) -> Chain {
+        Chain { at, id, slots: 1, last: first }
+    }
+
+    /// Its id and the slots it occupies, when it was walked or given up.
+    pub(crate) fn close(&self, mut chain: Chain) -> Result<(u16, u16), RingFault> {
+        self.layout.end(&mut chain);
+        let size = self.layout.size();
+        if chain.id < size {
+            Ok((chain.id, chain.slots))
+        } else {
+            Err(RingFault::Head { entry: chain.id, size })
+        }
+    }
+
+    /// Visits the buffers of a chain, contiguous piece by contiguous piece, empty ones left out. `writable` says which
+    /// direction every buffer must have. `visit` returns false to refuse a piece.
     ///
     /// Bounded: a chain has at most `size` descriptors, in the ring and in its indirect table together, because the
-    /// specification allows no more (virtio 1.2, 2.7.5.3.1) and a loop would have.
+    /// specification allows no more (virtio 1.2, 2.7.5.3.1 and 2.8.5) and a loop would have.
     pub(crate) fn walk(
         &mut self,
-        first: Descriptor,
+        chain: &mut Chain,
         writable: bool,
         mut visit: impl FnMut(*mut u8, u32) -> bool,
     ) -> Result<(), ChainFault> {
-        let mut budget = self.split.size();
+        let mut budget = self.layout.size();
         let mut table = None;
-        let mut descriptor = first;
+        let mut descriptor = chain.last;
         loop {
             budget = budget.checked_sub(1).ok_or(ChainFault::Malformed)?;
             self.walked += 1;
@@ -235,7 +297,8 @@ impl DeviceRing {
             }
             descriptor = match table {
                 Some(table) => self.table_entry(table, descriptor.next)?,
-                None => self.split.descriptor(descriptor.next).ok_or(ChainFault::Malformed)?,
+                None if self.layout.follow(chain) => chain.last,
+                None => return Err(ChainFault::Malformed),
             };
         }
     }
@@ -246,7 +309,7 @@ impl DeviceRing {
         let well_formed = self.indirect
             && descriptor.flags & DESC_NEXT == 0
             && descriptor.len.is_multiple_of(ENTRY_LEN)
-            && (1..=u32::from(self.split.size())).contains(&entries);
+            && (1..=u32::from(self.layout.size())).contains(&entries);
         if !well_formed {
             return Err(ChainFault::Malformed);
         }
@@ -274,7 +337,7 @@ impl DeviceRing {
             addr = addr.wrapping_add(u64::from(part));
         }
         let [lo, hi] = [0, 8].map(|i| u64::from_ne_bytes(*bytes[i..].first_chunk().expect("16 bytes")));
-        Ok(Descriptor::from_words(lo, hi))
+        Ok(L::table_entry([lo, hi], index, table.entries))
     }
 
     fn visit_buffer(
@@ -319,14 +382,15 @@ struct Table {
 macro_rules! ring_handle {
     ($ring:ident) => {
         impl $ring {
-            /// Next available index: what GET_VRING_BASE answers.
-            pub fn base(&self) -> u16 {
-                self.ring.next
+            /// Where to go on: what GET_VRING_BASE answers. Split ring: the next available index. Packed ring: index and
+            /// wrap counter, twice (vhost-user specification, "Virtqueue state").
+            pub fn base(&self) -> u32 {
+                crate::device::either!(&self.ring, ring => ring.base())
             }
 
             /// Number of descriptors.
             pub fn size(&self) -> u16 {
-                self.ring.split.size()
+                crate::device::either!(&self.ring, ring => ring.size())
             }
 
             /// Goes on in another memory table; on an error the ring must not be used any more.
@@ -334,27 +398,27 @@ macro_rules! ring_handle {
                 &mut self,
                 memory: &std::sync::Arc<crate::GuestMemory>,
             ) -> Result<(), crate::RingFault> {
-                self.ring.remap(memory)
+                crate::device::either!(&mut self.ring, ring => ring.remap(memory))
             }
 
             /// Us → guest.
             pub fn call_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
-                self.ring.call_fd()
+                crate::device::either!(&self.ring, ring => ring.call_fd())
             }
 
             /// To be signalled when the ring breaks.
             pub fn err_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
-                self.ring.err_fd()
+                crate::device::either!(&self.ring, ring => ring.err_fd())
             }
 
             /// Replaces the call fd.
             pub fn set_call(&mut self, call: Option<std::os::fd::OwnedFd>) {
-                self.ring.set_call(call);
+                crate::device::either!(&mut self.ring, ring => ring.set_call(call));
             }
 
             /// Replaces the error fd.
             pub fn set_err(&mut self, err: Option<std::os::fd::OwnedFd>) {
-                self.ring.set_err(err);
+                crate::device::either!(&mut self.ring, ring => ring.set_err(err));
             }
         }
     };

@@ -44,7 +44,11 @@ pub const EVENT_IDX: u32 = 29;
 pub const PROTOCOL_FEATURES: u32 = 30;
 /// Virtio 1.0 and later.
 pub const VERSION_1: u32 = 32;
+/// Rings are packed (virtio 1.2, 2.8).
+pub const RING_PACKED: u32 = 34;
 /// Buffers are used in the order in which they were offered.
 pub const IN_ORDER: u32 = 35;
 /// The device orders its accesses like another processor.
 pub const ORDER_PLATFORM: u32 = 36;
+/// One ring can be reset and set up again while the others run.
+pub const RING_RESET: u32 = 40;

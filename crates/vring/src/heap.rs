@@ -9,8 +9,9 @@
 use std::sync::Arc;
 use std::thread;
 
+use crate::descriptor::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor};
 use crate::memory::RegionSpec;
-use crate::split::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, SplitRing, areas};
+use crate::split::{SplitRing, areas};
 use crate::{ChainFault, Frames, GuestMemory, RingFault, RingSetup, RxRing, TxRing, features};
 
 const MODERN: u64 = 1 << features::VERSION_1 | 1 << features::INDIRECT_DESC;
@@ -68,7 +69,7 @@ impl Guest {
         let host = [0, 256, 512].map(|offset| base.wrapping_add(offset));
         // SAFETY: the areas of a ring of 8 have less than 256 bytes each, and lie in the allocation.
         let driver = unsafe { SplitRing::from_raw(host, SIZE) };
-        assert!(areas(SIZE).iter().all(|(len, _)| *len <= 256));
+        assert!(areas(SIZE).iter().all(|(_, len, _)| *len <= 256));
         Self { base, memory, driver, avail: 0, descriptor: 0, used: 0 }
     }
 
@@ -121,11 +122,11 @@ impl Guest {
         }
         self.driver.set_avail(self.avail, head);
         self.avail = self.avail.wrapping_add(1);
-        self.driver.publish_avail(self.avail);
+        self.driver.kicks(false).publish(self.avail);
     }
 
     fn take_used(&mut self) -> Option<(u32, u32)> {
-        if self.driver.used_idx() == self.used {
+        if self.driver.calls(false).index() == self.used {
             return None;
         }
         self.used = self.used.wrapping_add(1);
@@ -273,7 +274,7 @@ fn malformed_chains() {
         let mut tx = guest.tx(MODERN);
         guest.driver.set_descriptor(0, descriptor);
         guest.driver.set_avail(0, 0);
-        guest.driver.publish_avail(1);
+        guest.driver.kicks(false).publish(1);
         let mut frames = Frames::default();
         let burst = tx.dequeue(&mut frames).unwrap();
         assert_eq!(burst.burst.fault(0), Some(fault), "{descriptor:?}");
@@ -281,7 +282,7 @@ fn malformed_chains() {
     let guest = Guest::new();
     let mut tx = guest.tx(MODERN);
     guest.driver.set_avail(0, SIZE);
-    guest.driver.publish_avail(1);
+    guest.driver.kicks(false).publish(1);
     let mut frames = Frames::default();
     assert_eq!(tx.dequeue(&mut frames).err(), Some(RingFault::Head { entry: SIZE, size: SIZE }));
 }

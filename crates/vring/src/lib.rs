@@ -28,29 +28,32 @@
 
 mod burst;
 mod copy;
+mod descriptor;
 mod device;
 pub mod driver;
 pub mod features;
 #[cfg(all(test, not(loom)))]
 mod heap;
+mod layout;
 #[cfg(feature = "limit")]
 pub mod limit;
 mod memory;
 mod notify;
+mod packed;
 mod rx;
 mod setup;
 mod split;
 mod tx;
 
 pub use burst::{BURST_MAX, Burst, ChainFault, FRAME_LEN_MAX, Frames, HEAD_LEN, HEADER_LEN};
+pub use descriptor::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor};
 pub use device::RingFault;
 pub use memory::{GuestMemory, MemoryError, PORT_BYTES_MAX, RegionSpec, TOTAL_BYTES_MAX};
 pub use rx::{Enqueued, RxRing};
 pub use setup::RingSetup;
-pub use split::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor};
 pub use tx::{TxBurst, TxRing};
 
-/// Descriptors of a split ring at the most (virtio 1.2, 2.7).
+/// Descriptors of a ring at the most (virtio 1.2, 2.7 and 2.8).
 pub const SIZE_MAX: u16 = 32_768;
 
 /// Why a ring cannot start.
@@ -60,8 +63,11 @@ pub enum RingError {
     #[error("there is no vring {0}: plug the port with more queues")]
     Index(u16),
     /// Size not possible.
-    #[error("a split ring cannot have {0} descriptors: use a power of two up to {SIZE_MAX}")]
+    #[error("a ring cannot have {0} descriptors: use up to {SIZE_MAX}, in a split ring a power of two")]
     Size(u16),
+    /// Position outside of the ring.
+    #[error("the base {0:#x} is no position in this ring")]
+    Base(u32),
     /// Part of the ring is outside of guest memory or spans two regions.
     #[error("the {part} at user address {addr:#x} ({len} bytes) does not lie in one region of guest memory")]
     Unmapped {

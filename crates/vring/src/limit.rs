@@ -9,9 +9,11 @@ use std::sync::Arc;
 use crate::RingError;
 use crate::burst::{BURST, BURST_MAX, HEAD_LEN};
 use crate::copy::{copy, prefetch};
+use crate::descriptor::DESC_NEXT;
+use crate::layout::Layout;
 use crate::memory::GuestMemory;
 use crate::setup::RingSetup;
-use crate::split::{DESC_NEXT, SplitRing};
+use crate::split::SplitRing;
 
 /// A split ring with constant descriptors.
 pub struct LimitRing {
@@ -28,8 +30,9 @@ unsafe impl Send for LimitRing {}
 impl LimitRing {
     /// Starts a ring.
     pub fn start(setup: &RingSetup, memory: &Arc<GuestMemory>) -> Result<Self, RingError> {
-        let split = SplitRing::new(setup, memory)?;
-        Ok(Self { split, memory: memory.clone(), buffers: Vec::new(), next: setup.base })
+        let split = <SplitRing as Layout>::new(setup, memory)?;
+        let [next, _] = split.start(setup.base)?;
+        Ok(Self { split, memory: memory.clone(), buffers: Vec::new(), next })
     }
 
     /// Next available index.
@@ -65,8 +68,8 @@ impl LimitRing {
     /// If the descriptors are not what this loop is for.
     #[inline(never)]
     pub fn forward(&mut self, to: &mut Self) -> u16 {
-        let there = self.split.avail_idx().wrapping_sub(self.next);
-        let room = to.split.avail_idx().wrapping_sub(to.next);
+        let there = self.split.kicks(false).index().wrapping_sub(self.next);
+        let room = to.split.kicks(false).index().wrapping_sub(to.next);
         let count = there.min(room).min(BURST);
         if count == 0 {
             return 0;
@@ -104,6 +107,6 @@ impl LimitRing {
 
     fn publish(&mut self, count: u16) {
         self.next = self.next.wrapping_add(count);
-        self.split.publish_used(self.next);
+        self.split.calls(false).publish(self.next);
     }
 }

@@ -1,64 +1,56 @@
-//! Who tells whom, and when (virtio 1.2, 2.7.7 and 2.7.10).
+//! Who tells whom, and when (virtio 1.2, 2.7.7, 2.7.10 and 2.8.14).
 //!
-//! It is the same in both directions. A *teller* publishes entries by an index, and tells the other side if that wishes it:
-//! the driver with the available index and a kick, the device with the used index and a call. A *waiter* says from which
-//! entry on it wishes to be told, and then looks at the index once more before it sleeps.
+//! It is the same in both directions and in both layouts. A *teller* publishes entries, and tells the other side if that wishes it:
+//! the driver available ones by a kick, the device used ones by a call. A *waiter* says from which entry on it wishes to
+//! be told, and then looks once more whether that is there before it sleeps.
 //!
 //! ```text
-//! teller   store index · fence · load wish  ──► tell, or not
-//! waiter   store wish  · fence · load index ──► sleep, or not
+//! teller   publish entry · fence · load wish  ──► tell, or not
+//! waiter   store wish    · fence · look       ──► sleep, or not
 //! ```
 //!
 //! The fences are full ones, so of the two loads at least one sees the other side's store: either the teller tells, or the
 //! waiter finds the entry and does not sleep. The protocol is written here once, over the few words it touches, so that
 //! what is model-checked (see `models`) is what runs.
 
-/// The words of one direction.
+/// The words of one direction. Entries are named by their position in the ring.
 pub(crate) trait Words {
-    /// The teller's index, with acquire.
-    fn index(&self) -> u16;
-    /// Stores the index, with release: everything written before is visible to whoever sees it.
-    fn publish(&self, index: u16);
-    /// The waiter's flags: bit 0 says that it wishes not to be told. Advisory, without EVENT_IDX.
-    fn flags(&self) -> u16;
-    fn set_flags(&self, flags: u16);
-    /// The entry whose coming the waiter wishes to be told of, with EVENT_IDX.
-    fn event(&self) -> u16;
-    fn set_event(&self, index: u16);
+    /// Whether the entry at `at`, the next to come, is there; with acquire.
+    fn is_there(&self, at: u16) -> bool;
+    /// Waiter: wishes to be told of the entry at `at`.
+    fn wish(&self, at: u16);
+    /// Waiter: wishes not to be told. Advisory.
+    fn wish_nothing(&self);
+    /// Teller: whether the waiter wishes to be told of one of the entries from `old` up to before `new`.
+    fn is_wished(&self, old: u16, new: u16) -> bool;
     /// A full fence.
     fn fence(&self);
 }
 
-/// Teller: whether to tell after the index was published, `new` after `old`.
+/// Teller: whether to tell after the entries from `old` up to before `new` were published.
 #[inline]
-pub(crate) fn wanted(words: &impl Words, event_idx: bool, old: u16, new: u16) -> bool {
+pub(crate) fn wanted(words: &impl Words, old: u16, new: u16) -> bool {
     words.fence();
-    if event_idx { passed(words.event(), old, new) } else { words.flags() & 1 == 0 }
+    words.is_wished(old, new)
 }
 
 /// Waiter: wishes to be told of the entry `next`. True if it is not there yet: then it may sleep.
 #[inline]
-pub(crate) fn arm(words: &impl Words, event_idx: bool, next: u16) -> bool {
-    if event_idx {
-        words.set_event(next);
-    } else {
-        words.set_flags(0);
-    }
+pub(crate) fn arm(words: &impl Words, next: u16) -> bool {
+    words.wish(next);
     words.fence();
-    words.index() == next
+    !words.is_there(next)
 }
 
-/// Waiter: wishes not to be told. With EVENT_IDX the stale event index does that: it is passed once in 65536 entries.
+/// Waiter: wishes not to be told.
 #[inline]
-pub(crate) fn disarm(words: &impl Words, event_idx: bool) {
-    if !event_idx {
-        words.set_flags(1);
-    }
+pub(crate) fn disarm(words: &impl Words) {
+    words.wish_nothing();
 }
 
 /// Whether an index that went from `old` to `new` passed `event` (virtio 1.2, 2.7.7.2): notify exactly then.
 #[inline]
-fn passed(event: u16, old: u16, new: u16) -> bool {
+pub(crate) fn passed(event: u16, old: u16, new: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
 
@@ -97,10 +89,10 @@ mod tests {
                 let new = old.wrapping_add(count);
                 for event in (0..=u16::MAX).step_by(step) {
                     let told = published[usize::from(event)];
-                    ring.calls().set_event(event);
-                    assert_eq!(wanted(&ring.calls(), true, old, new), told, "call {event} {old}+{count}");
-                    ring.kicks().set_event(event);
-                    assert_eq!(wanted(&ring.kicks(), true, old, new), told, "kick {event} {old}+{count}");
+                    ring.calls(true).wish(event);
+                    assert_eq!(wanted(&ring.calls(true), old, new), told, "call {event} {old}+{count}");
+                    ring.kicks(true).wish(event);
+                    assert_eq!(wanted(&ring.kicks(true), old, new), told, "kick {event} {old}+{count}");
                 }
             }
         }
@@ -111,10 +103,10 @@ mod tests {
         let mut memory = [0; 128];
         let ring = ring(&mut memory);
         for flags in (0..=u16::MAX).step_by(if cfg!(miri) { 4099 } else { 1 }) {
-            ring.calls().set_flags(flags);
-            ring.kicks().set_flags(flags);
-            assert_eq!(wanted(&ring.calls(), false, 0, 1), flags % 2 == 0);
-            assert_eq!(wanted(&ring.kicks(), false, 0, 1), flags % 2 == 0);
+            ring.calls(false).set_flags(flags);
+            ring.kicks(false).set_flags(flags);
+            assert_eq!(wanted(&ring.calls(false), 0, 1), flags % 2 == 0);
+            assert_eq!(wanted(&ring.kicks(false), 0, 1), flags % 2 == 0);
         }
     }
 
@@ -123,15 +115,15 @@ mod tests {
     fn words_of_each_direction() {
         let mut memory = [0; 128];
         let ring = ring(&mut memory);
-        assert!(arm(&ring.kicks(), true, 0));
-        assert!(arm(&ring.calls(), true, 0));
-        ring.kicks().publish(0x101);
-        ring.calls().publish(0x202);
-        assert!(!arm(&ring.kicks(), true, 0x303), "there is something");
-        assert!(arm(&ring.calls(), true, 0x202));
-        disarm(&ring.kicks(), false);
-        disarm(&ring.calls(), false);
-        disarm(&ring.calls(), true);
+        assert!(arm(&ring.kicks(true), 0));
+        assert!(arm(&ring.calls(true), 0));
+        ring.kicks(true).publish(0x101);
+        ring.calls(true).publish(0x202);
+        assert!(!arm(&ring.kicks(true), 0x303), "there is something");
+        assert!(arm(&ring.calls(true), 0x202));
+        disarm(&ring.kicks(false));
+        disarm(&ring.calls(false));
+        disarm(&ring.calls(true));
         let word = |offset: usize| {
             let bytes = memory[offset / 8].to_ne_bytes();
             u16::from_le_bytes([bytes[offset % 8], bytes[offset % 8 + 1]])

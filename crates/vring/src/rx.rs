@@ -10,24 +10,30 @@ use std::sync::Arc;
 use crate::RingError;
 use crate::burst::{BURST_MAX, Burst, ChainFault, HEADER_BYTES, HEADER_LEN};
 use crate::copy::{copy, prefetch};
-use crate::device::{DeviceRing, RingFault, ring_handle};
+use crate::descriptor::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE};
+use crate::device::{AnyRing, DeviceRing, RingFault, either, ring_handle};
+use crate::layout::Layout;
 use crate::memory::GuestMemory;
 use crate::setup::RingSetup;
-use crate::split::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE};
 
 ring_handle!(RxRing);
 
 /// A running RX ring.
 pub struct RxRing {
-    ring: DeviceRing,
-    /// Room for the pieces of the one frame that is being placed in several.
-    pieces: Vec<(*mut u8, u32)>,
-    /// Its buffers: (head, bytes).
-    buffers: Vec<(u16, u32)>,
+    ring: AnyRing,
+    scratch: Scratch,
 }
 
-// SAFETY: `pieces` holds leftovers between calls that nobody follows; the ring itself is `Send`.
-unsafe impl Send for RxRing {}
+/// Room for the one frame that is being placed in several pieces.
+#[derive(Default)]
+struct Scratch {
+    pieces: Vec<(*mut u8, u32)>,
+    /// Its buffers: (id, slots, bytes).
+    buffers: Vec<(u16, u16, u32)>,
+}
+
+// SAFETY: `pieces` holds leftovers between calls that nobody follows.
+unsafe impl Send for Scratch {}
 
 /// What became of the frames of one [`RxRing::enqueue`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -50,12 +56,12 @@ pub struct Enqueued {
 
 /// What became of one frame.
 enum Placed {
-    /// Written into so many buffers.
-    Buffers(u16),
+    /// Written into the collected buffers.
+    Whole,
     /// Not enough buffers; none is used up.
     Full,
-    /// So many buffers are returned empty.
-    Refused(u16, Refused),
+    /// The collected buffers are returned empty.
+    Refused(Refused),
 }
 
 enum Refused {
@@ -63,10 +69,17 @@ enum Refused {
     Chain(ChainFault),
 }
 
+/// Positions in the ring as a burst goes on: of the next buffer, of the next used element.
+#[derive(Clone, Copy)]
+struct Cursor {
+    next: u16,
+    used: u16,
+}
+
 impl RxRing {
     /// Starts a ring at the position that the set-up names.
     pub fn start(setup: RingSetup, memory: &Arc<GuestMemory>) -> Result<Self, RingError> {
-        Ok(Self { ring: DeviceRing::start(setup, memory)?, pieces: Vec::new(), buffers: Vec::new() })
+        Ok(Self { ring: AnyRing::start(setup, memory)?, scratch: Scratch::default() })
     }
 
     /// Copies the frames of `burst` that are in the set `select`, in their order, into the guest's buffers. Chains that
@@ -75,161 +88,166 @@ impl RxRing {
     /// On an error the ring must not be used any more; nothing was published.
     #[inline]
     pub fn enqueue(&mut self, burst: &Burst<'_>, select: u64) -> Result<Enqueued, RingFault> {
-        let mut result = Enqueued::default();
-        let mut copies = [(std::ptr::null_mut::<u8>(), 0u8); BURST_MAX];
-        let mut copies_len = 0;
-        let mut left = select & burst.valid();
-        let ring = &mut self.ring;
-        #[allow(clippy::cast_possible_truncation)]
-        let available = ring.available(left.count_ones() as u16)?;
-        ring.begin_burst();
-        #[allow(clippy::cast_possible_truncation)]
-        for i in 0..available.min(left.count_ones() as u16) {
-            ring.split.prefetch_descriptor(ring.split.avail_entry(ring.next.wrapping_add(i)));
-        }
-        let shorter = HEADER_BYTES - ring.header_len;
-        let mut taken = 0u16;
-        while left != 0 {
-            let ring = &mut self.ring;
-            // Merged frames use more buffers than were counted at first, so look again.
-            if taken >= available && ring.available(taken + 1)? <= taken {
-                result.full += left.count_ones();
-                break;
-            }
-            let frame = left.trailing_zeros() as usize % BURST_MAX;
-            left &= left - 1;
-            let len = burst.total_len(frame) - shorter;
-            let (head, descriptor) = ring.head(ring.next.wrapping_add(taken))?;
-            let single = descriptor.flags & (DESC_NEXT | DESC_INDIRECT | DESC_WRITE) == DESC_WRITE;
-            if single
-                && descriptor.len >= len
-                && let Some((at, _)) = ring.translate(descriptor.addr, len)
-            {
-                prefetch(at);
-                prefetch(at.wrapping_add(64));
-                #[allow(clippy::cast_possible_truncation)]
-                let copy = (at, frame as u8);
-                copies[copies_len % BURST_MAX] = copy;
-                copies_len += 1;
-                ring.split.set_used(ring.used.wrapping_add(taken), head, len);
-                taken += 1;
-                result.bytes += u64::from(len);
-            } else {
-                taken += self.place_frame(burst, frame, taken, &mut result)?;
-            }
-        }
-        let ring = &mut self.ring;
-        for &(at, frame) in &copies[..copies_len.min(BURST_MAX)] {
-            // SAFETY: `at` was translated for the frame's whole length in `ring.memory`, which `ring` holds.
-            unsafe { copy_frame(burst, frame.into(), at, ring.header_len) };
-        }
-        ring.check_memory()?;
-        #[allow(clippy::cast_possible_truncation)]
-        let simple = copies_len as u32;
-        result.frames += simple;
-        result.bytes -= u64::from(simple) * u64::from(ring.header_len);
-        if taken != 0 {
-            ring.next = ring.next.wrapping_add(taken);
-            result.call = ring.publish(ring.used.wrapping_add(taken));
-        }
-        Ok(result)
-    }
-
-    /// Places a frame that does not simply fit the next buffer. Returns how many buffers it used up.
-    #[inline(never)]
-    fn place_frame(
-        &mut self,
-        burst: &Burst<'_>,
-        frame: usize,
-        taken: u16,
-        result: &mut Enqueued,
-    ) -> Result<u16, RingFault> {
-        let len = burst.total_len(frame) - (HEADER_BYTES - self.ring.header_len);
-        match self.collect_buffers(len, taken)? {
-            Placed::Buffers(count) => {
-                self.scatter(burst, frame, count);
-                for (i, &(head, len)) in (0..count).zip(&self.buffers) {
-                    self.ring.split.set_used(self.ring.used.wrapping_add(taken).wrapping_add(i), head, len);
-                }
-                result.frames += 1;
-                result.bytes += u64::from(len - self.ring.header_len);
-                Ok(count)
-            }
-            Placed::Full => {
-                result.full += 1;
-                Ok(0)
-            }
-            Placed::Refused(count, why) => {
-                for (i, &(head, _)) in (0..count).zip(&self.buffers) {
-                    self.ring.split.set_used(self.ring.used.wrapping_add(taken).wrapping_add(i), head, 0);
-                }
-                match why {
-                    Refused::TooSmall => result.too_small += 1,
-                    Refused::Chain(ChainFault::Unmapped) => result.unmapped += 1,
-                    Refused::Chain(_) => result.malformed += 1,
-                }
-                Ok(count)
-            }
-        }
-    }
-
-    /// Gathers buffers for `len` bytes, header included, from available entry `taken` on.
-    fn collect_buffers(&mut self, len: u32, taken: u16) -> Result<Placed, RingFault> {
-        self.pieces.clear();
-        self.buffers.clear();
-        let mut left = len;
-        let mut count = 0u16;
-        loop {
-            if self.ring.walked_enough() {
-                // Buffers of which that many do not hold a frame are no use: away with them.
-                let refused = Placed::Refused(count, Refused::Chain(ChainFault::Malformed));
-                return Ok(if count == 0 { Placed::Full } else { refused });
-            }
-            // All of a frame's buffers must be there at once: a part of a frame is never published.
-            if self.ring.available(taken + count + 1)? <= taken + count {
-                return Ok(Placed::Full);
-            }
-            let (head, descriptor) =
-                self.ring.head(self.ring.next.wrapping_add(taken).wrapping_add(count))?;
-            let before = left;
-            let pieces = &mut self.pieces;
-            let walked = self.ring.walk(descriptor, true, |at, part| {
-                let part = part.min(left);
-                if part != 0 {
-                    pieces.push((at, part));
-                    left -= part;
-                }
-                true
-            });
-            self.buffers.push((head, before - left));
-            count += 1;
-            if let Err(fault) = walked {
-                return Ok(Placed::Refused(count, Refused::Chain(fault)));
-            }
-            if left == 0 {
-                return Ok(Placed::Buffers(count));
-            }
-            if !self.ring.mergeable {
-                return Ok(Placed::Refused(count, Refused::TooSmall));
-            }
-        }
-    }
-
-    /// Writes frame `frame` into the collected pieces.
-    fn scatter(&mut self, burst: &Burst<'_>, frame: usize, buffers: u16) {
-        let head = burst.head(frame);
-        let mut header: [u8; HEADER_LEN] = *head.first_chunk().expect("a head begins with a header");
-        header[10..].copy_from_slice(&buffers.to_le_bytes());
-        let mut to = Scatter { pieces: &self.pieces, at: 0, offset: 0 };
-        to.write(header.as_ptr(), self.ring.header_len as usize);
-        to.write(head[HEADER_LEN..].as_ptr(), head.len() - HEADER_LEN);
-        burst.each_piece(frame, |at, len| to.write(at, len));
+        either!(&mut self.ring, ring => enqueue(ring, &mut self.scratch, burst, select))
     }
 
     /// Asks the guest for no kicks (it is asked for none when the ring starts; RX rings are never waited for).
     pub fn disarm(&mut self) {
-        self.ring.disarm();
+        either!(&mut self.ring, ring => ring.disarm());
     }
+}
+
+#[inline]
+fn enqueue<L: Layout>(
+    ring: &mut DeviceRing<L>,
+    scratch: &mut Scratch,
+    burst: &Burst<'_>,
+    select: u64,
+) -> Result<Enqueued, RingFault> {
+    let mut result = Enqueued::default();
+    let mut copies = [(std::ptr::null_mut::<u8>(), 0u8); BURST_MAX];
+    let mut copies_len = 0;
+    let mut left = select & burst.valid();
+    ring.begin_burst();
+    #[allow(clippy::cast_possible_truncation)]
+    let wanted = left.count_ones() as u16;
+    let available = ring.available(wanted)?.min(wanted);
+    ring.layout.prefetch(ring.next, available);
+    let shorter = HEADER_BYTES - ring.header_len;
+    let mut at = Cursor { next: ring.next, used: ring.used };
+    while left != 0 {
+        // Merged frames use more buffers than were counted at first, so there may be none.
+        let Some((id, descriptor)) = ring.chain(at.next)? else {
+            result.full += left.count_ones();
+            break;
+        };
+        let frame = left.trailing_zeros() as usize % BURST_MAX;
+        left &= left - 1;
+        let len = burst.total_len(frame) - shorter;
+        let single = descriptor.flags & (DESC_NEXT | DESC_INDIRECT | DESC_WRITE) == DESC_WRITE;
+        if single
+            && descriptor.len >= len
+            && let Some((start, _)) = ring.translate(descriptor.addr, len)
+        {
+            prefetch(start);
+            prefetch(start.wrapping_add(64));
+            #[allow(clippy::cast_possible_truncation)]
+            let copy = (start, frame as u8);
+            copies[copies_len % BURST_MAX] = copy;
+            copies_len += 1;
+            ring.set_used(at.used, id, len);
+            at = Cursor { next: ring.layout.advance(at.next, 1), used: ring.layout.advance(at.used, 1) };
+            result.bytes += u64::from(len);
+        } else {
+            at = place_frame(ring, scratch, burst, frame, at, &mut result)?;
+        }
+    }
+    for &(at, frame) in &copies[..copies_len.min(BURST_MAX)] {
+        // SAFETY: `at` was translated for the frame's whole length in `ring.memory`, which `ring` holds.
+        unsafe { copy_frame(burst, frame.into(), at, ring.header_len) };
+    }
+    ring.check_memory()?;
+    #[allow(clippy::cast_possible_truncation)]
+    let simple = copies_len as u32;
+    result.frames += simple;
+    result.bytes -= u64::from(simple) * u64::from(ring.header_len);
+    if at.used != ring.used {
+        result.call = ring.publish(at.next, at.used);
+    }
+    Ok(result)
+}
+
+/// Places a frame that does not simply fit the buffer at `at`. Returns where to go on.
+#[inline(never)]
+fn place_frame<L: Layout>(
+    ring: &mut DeviceRing<L>,
+    scratch: &mut Scratch,
+    burst: &Burst<'_>,
+    frame: usize,
+    at: Cursor,
+    result: &mut Enqueued,
+) -> Result<Cursor, RingFault> {
+    let len = burst.total_len(frame) - (HEADER_BYTES - ring.header_len);
+    let placed = collect_buffers(ring, scratch, len, at.next)?;
+    match placed {
+        Placed::Whole => {
+            scatter(scratch, burst, frame, ring.header_len);
+            result.frames += 1;
+            result.bytes += u64::from(len - ring.header_len);
+        }
+        Placed::Full => {
+            result.full += 1;
+            return Ok(at);
+        }
+        Placed::Refused(Refused::TooSmall) => result.too_small += 1,
+        Placed::Refused(Refused::Chain(ChainFault::Unmapped)) => result.unmapped += 1,
+        Placed::Refused(Refused::Chain(_)) => result.malformed += 1,
+    }
+    let whole = matches!(placed, Placed::Whole);
+    let mut at = at;
+    for &(id, slots, bytes) in &scratch.buffers {
+        ring.set_used(at.used, id, if whole { bytes } else { 0 });
+        let [next, used] = [at.next, at.used].map(|at| ring.layout.advance(at, slots));
+        at = Cursor { next, used };
+    }
+    Ok(at)
+}
+
+/// Gathers buffers for `len` bytes, header included, from position `at` on.
+fn collect_buffers<L: Layout>(
+    ring: &mut DeviceRing<L>,
+    scratch: &mut Scratch,
+    len: u32,
+    mut at: u16,
+) -> Result<Placed, RingFault> {
+    let Scratch { pieces, buffers } = scratch;
+    pieces.clear();
+    buffers.clear();
+    let mut left = len;
+    loop {
+        if ring.walked_enough() {
+            // Buffers of which that many do not hold a frame are no use: away with them.
+            let refused = Placed::Refused(Refused::Chain(ChainFault::Malformed));
+            return Ok(if buffers.is_empty() { Placed::Full } else { refused });
+        }
+        // All of a frame's buffers must be there at once: a part of a frame is never published.
+        let Some((id, descriptor)) = ring.chain(at)? else { return Ok(Placed::Full) };
+        let before = left;
+        let mut chain = ring.open(at, id, descriptor);
+        let walked = ring.walk(&mut chain, true, |at, part| {
+            let part = part.min(left);
+            if part != 0 {
+                pieces.push((at, part));
+                left -= part;
+            }
+            true
+        });
+        let (id, slots) = ring.close(chain)?;
+        buffers.push((id, slots, before - left));
+        at = ring.layout.advance(at, slots);
+        if let Err(fault) = walked {
+            return Ok(Placed::Refused(Refused::Chain(fault)));
+        }
+        if left == 0 {
+            return Ok(Placed::Whole);
+        }
+        if !ring.mergeable {
+            return Ok(Placed::Refused(Refused::TooSmall));
+        }
+    }
+}
+
+/// Writes frame `frame` into the collected pieces.
+fn scatter(scratch: &Scratch, burst: &Burst<'_>, frame: usize, header_len: u32) {
+    let head = burst.head(frame);
+    let mut header: [u8; HEADER_LEN] = *head.first_chunk().expect("a head begins with a header");
+    #[allow(clippy::cast_possible_truncation)]
+    let buffers = scratch.buffers.len() as u16;
+    header[10..].copy_from_slice(&buffers.to_le_bytes());
+    let mut to = Scatter { pieces: &scratch.pieces, at: 0, offset: 0 };
+    to.write(header.as_ptr(), header_len as usize);
+    to.write(head[HEADER_LEN..].as_ptr(), head.len() - HEADER_LEN);
+    burst.each_piece(frame, |at, len| to.write(at, len));
 }
 
 /// Writes a frame into one buffer.

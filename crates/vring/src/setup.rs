@@ -6,16 +6,17 @@ use std::os::fd::OwnedFd;
 /// (vhost-user specification, "Memory regions description"); they are translated when the ring starts.
 #[derive(Debug)]
 pub struct RingSetup {
-    /// Number of descriptors, 1..=32768, a power of two (virtio 1.2, 2.7).
+    /// Number of descriptors, 1..=32768; of a split ring a power of two (virtio 1.2, 2.7).
     pub size: u16,
-    /// Descriptor table.
+    /// Descriptor table, or packed ring.
     pub desc_user_addr: u64,
-    /// Available ring (driver area).
+    /// Driver area: available ring, or driver's event suppression.
     pub avail_user_addr: u64,
-    /// Used ring (device area).
+    /// Device area: used ring, or device's event suppression.
     pub used_user_addr: u64,
-    /// Where to go on: the next available index to look at (SET_VRING_BASE).
-    pub base: u16,
+    /// Where to go on (SET_VRING_BASE). Split ring: the next available index. Packed ring: index and wrap counter of the
+    /// next available descriptor, and in the upper half of the next used one.
+    pub base: u32,
     /// Feature bits that the front end acknowledged.
     pub features: u64,
     /// Guest → us. `None`: the front end asked for polling (NOFD).

@@ -16,61 +16,23 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
 
+use crate::descriptor::Descriptor;
+use crate::device::RingFault;
+use crate::layout::{Chain, Layout, translate_areas};
 use crate::memory::GuestMemory;
-use crate::notify::Words;
+use crate::notify::{Words, passed};
 use crate::setup::RingSetup;
 use crate::{RingError, SIZE_MAX};
 
-/// Descriptor flag: the chain goes on at `next` (virtio 1.2, 2.7.5).
-pub const DESC_NEXT: u16 = 1;
-/// Descriptor flag: the device may write the buffer, otherwise read it.
-pub const DESC_WRITE: u16 = 2;
-/// Descriptor flag: the buffer contains a table of descriptors.
-pub const DESC_INDIRECT: u16 = 4;
-
-/// One descriptor, copied out of shared memory.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Descriptor {
-    /// Guest physical address of the buffer.
-    pub addr: u64,
-    /// Its length in bytes.
-    pub len: u32,
-    /// `DESC_*`; undefined bits are ignored.
-    pub flags: u16,
-    /// Next descriptor, if `DESC_NEXT`.
-    pub next: u16,
-}
-
-impl Descriptor {
-    /// Bytes of a descriptor in memory.
-    pub const LEN: u64 = 16;
-
-    /// From the two words as they lie in memory, little-endian.
-    #[inline]
-    #[allow(clippy::cast_possible_truncation)]
-    pub(crate) fn from_words(addr: u64, rest: u64) -> Self {
-        let rest = u64::from_le(rest);
-        Self {
-            addr: u64::from_le(addr),
-            len: rest as u32,
-            flags: (rest >> 32) as u16,
-            next: (rest >> 48) as u16,
-        }
-    }
-
-    /// The two words as they lie in memory.
-    #[inline]
-    pub(crate) fn to_words(self) -> [u64; 2] {
-        let rest = u64::from(self.len) | u64::from(self.flags) << 32 | u64::from(self.next) << 48;
-        [self.addr.to_le(), rest.to_le()]
-    }
-}
-
-/// Which areas of a split ring of `size` descriptors need how many bytes and which alignment (virtio 1.2, 2.7).
-pub(crate) fn areas(size: u16) -> [(u64, u64); 3] {
+/// Which areas a split ring of `size` descriptors has: (name, length, alignment) (virtio 1.2, 2.7).
+pub(crate) fn areas(size: u16) -> [(&'static str, u64, u64); 3] {
     let size = u64::from(size);
     // The trailing event words exist only with EVENT_IDX, but every driver allocates them.
-    [(Descriptor::LEN * size, 16), (6 + 2 * size, 2), (6 + 8 * size, 4)]
+    [
+        ("descriptor table", Descriptor::LEN * size, 16),
+        ("available ring", 6 + 2 * size, 2),
+        ("used ring", 6 + 8 * size, 4),
+    ]
 }
 
 /// Pointers to the three areas of one running ring. Copying it copies pointers; it is valid as long as the memory it
@@ -88,27 +50,6 @@ pub(crate) struct SplitRing {
 unsafe impl Send for SplitRing {}
 
 impl SplitRing {
-    /// Translates the addresses of a set-up. The whole of every area must lie in one region.
-    pub(crate) fn new(setup: &RingSetup, memory: &Arc<GuestMemory>) -> Result<Self, RingError> {
-        if setup.size == 0 || setup.size > SIZE_MAX || !setup.size.is_power_of_two() {
-            return Err(RingError::Size(setup.size));
-        }
-        let names = ["descriptor table", "available ring", "used ring"];
-        let addrs = [setup.desc_user_addr, setup.avail_user_addr, setup.used_user_addr];
-        let mut host = [std::ptr::null_mut::<u8>(); 3];
-        for (i, (len, align)) in areas(setup.size).into_iter().enumerate() {
-            let (part, addr) = (names[i], addrs[i]);
-            let at = memory.translate_user(addr, len).ok_or(RingError::Unmapped { part, addr, len })?;
-            // The front end's alignment says nothing of ours: regions may be mapped from odd offsets.
-            if addr % align != 0 || !(at as usize as u64).is_multiple_of(align) {
-                return Err(RingError::Unaligned { part, addr, align });
-            }
-            host[i] = at;
-        }
-        // SAFETY: each area was translated with its whole length for `size` and is aligned as `areas` says.
-        Ok(unsafe { Self::from_raw(host, setup.size) })
-    }
-
     /// From addresses of our own.
     ///
     /// # Safety
@@ -159,12 +100,6 @@ impl SplitRing {
 
     // --- what the device reads and writes ---
 
-    /// Available index, with acquire: the entries before it may be read.
-    #[inline]
-    pub(crate) fn avail_idx(&self) -> u16 {
-        self.kicks().index()
-    }
-
     /// Entry of the available ring: the head of a descriptor chain.
     #[inline]
     pub(crate) fn avail_entry(&self, index: u16) -> u16 {
@@ -183,30 +118,13 @@ impl SplitRing {
         Some(Descriptor::from_words(addr, rest))
     }
 
-    /// Asks the cache for a descriptor. Any index is harmless.
-    #[inline]
-    pub(crate) fn prefetch_descriptor(&self, index: u16) {
-        crate::copy::prefetch(self.desc.wrapping_add(2 * usize::from(index)).cast());
-    }
-
-    /// Writes one used element; visible to the driver with the next [`Self::publish_used`].
+    /// Writes one used element; visible to the driver when the index behind it is published.
     #[inline]
     pub(crate) fn set_used(&self, index: u16, id: u16, len: u32) {
         let element = (u64::from(id) | u64::from(len) << 32).to_le();
         // SAFETY: eight bytes inside the used area (see `used_element`). The driver does not read an element before the
         // index that publishes it, so the store need not be atomic.
         unsafe { self.used_element(index).write_unaligned(element) };
-    }
-
-    /// Stores the used index, with release: everything written before is visible to whoever sees it.
-    #[inline]
-    pub(crate) fn publish_used(&self, index: u16) {
-        self.calls().publish(index);
-    }
-
-    /// The device's own index as it stands in memory: only read when a ring starts.
-    pub(crate) fn used_idx(&self) -> u16 {
-        self.calls().index()
     }
 
     // --- what the driver reads and writes ---
@@ -223,11 +141,6 @@ impl SplitRing {
         self.avail_word(2 + self.slot(index)).store(head.to_le(), Ordering::Relaxed);
     }
 
-    #[inline]
-    pub(crate) fn publish_avail(&self, index: u16) {
-        self.kicks().publish(index);
-    }
-
     /// A used element: (head of the chain, bytes written).
     #[inline]
     pub(crate) fn used(&self, index: u16) -> (u32, u32) {
@@ -242,16 +155,16 @@ impl SplitRing {
 
     /// The driver tells the device.
     #[inline]
-    pub(crate) fn kicks(&self) -> Direction<'_> {
+    pub(crate) fn kicks(&self, event_idx: bool) -> Direction<'_> {
         let event = self.used_word(2 + 4 * usize::from(self.size));
-        Direction { index: self.avail_word(1), flags: self.used_word(0), event }
+        Direction { index: self.avail_word(1), flags: self.used_word(0), event, event_idx }
     }
 
     /// The device tells the driver.
     #[inline]
-    pub(crate) fn calls(&self) -> Direction<'_> {
+    pub(crate) fn calls(&self, event_idx: bool) -> Direction<'_> {
         let event = self.avail_word(2 + usize::from(self.size));
-        Direction { index: self.used_word(1), flags: self.avail_word(0), event }
+        Direction { index: self.used_word(1), flags: self.avail_word(0), event, event_idx }
     }
 }
 
@@ -260,41 +173,162 @@ pub(crate) struct Direction<'a> {
     index: &'a AtomicU16,
     flags: &'a AtomicU16,
     event: &'a AtomicU16,
+    event_idx: bool,
+}
+
+impl Direction<'_> {
+    /// The teller's index, with acquire: the entries before it may be read.
+    #[inline]
+    pub(crate) fn index(&self) -> u16 {
+        u16::from_le(self.index.load(Ordering::Acquire))
+    }
+
+    /// Stores the index, with release: everything written before is visible to whoever sees it.
+    #[inline]
+    pub(crate) fn publish(&self, index: u16) {
+        self.index.store(index.to_le(), Ordering::Release);
+    }
+
+    /// The waiter's flags: bit 0 says that it wishes not to be told.
+    #[inline]
+    pub(crate) fn set_flags(&self, flags: u16) {
+        self.flags.store(flags.to_le(), Ordering::Relaxed);
+    }
 }
 
 impl Words for Direction<'_> {
     #[inline]
-    fn index(&self) -> u16 {
-        u16::from_le(self.index.load(Ordering::Acquire))
+    fn is_there(&self, at: u16) -> bool {
+        self.index() != at
     }
 
     #[inline]
-    fn publish(&self, index: u16) {
-        self.index.store(index.to_le(), Ordering::Release);
+    fn wish(&self, at: u16) {
+        if self.event_idx {
+            self.event.store(at.to_le(), Ordering::Relaxed);
+        } else {
+            self.set_flags(0);
+        }
+    }
+
+    /// With EVENT_IDX the stale event index does that: it is passed once in 65536 entries.
+    #[inline]
+    fn wish_nothing(&self) {
+        if !self.event_idx {
+            self.set_flags(1);
+        }
     }
 
     #[inline]
-    fn flags(&self) -> u16 {
-        u16::from_le(self.flags.load(Ordering::Relaxed))
-    }
-
-    #[inline]
-    fn set_flags(&self, flags: u16) {
-        self.flags.store(flags.to_le(), Ordering::Relaxed);
-    }
-
-    #[inline]
-    fn event(&self) -> u16 {
-        u16::from_le(self.event.load(Ordering::Relaxed))
-    }
-
-    #[inline]
-    fn set_event(&self, index: u16) {
-        self.event.store(index.to_le(), Ordering::Relaxed);
+    fn is_wished(&self, old: u16, new: u16) -> bool {
+        if self.event_idx {
+            passed(u16::from_le(self.event.load(Ordering::Relaxed)), old, new)
+        } else {
+            u16::from_le(self.flags.load(Ordering::Relaxed)) & 1 == 0
+        }
     }
 
     #[inline]
     fn fence(&self) {
         fence(Ordering::SeqCst);
+    }
+}
+
+/// The device's way through a split ring. Positions are the free-running indices of the available and the used ring.
+impl Layout for SplitRing {
+    const FIRST_LAST: bool = false;
+
+    fn new(setup: &RingSetup, memory: &Arc<GuestMemory>) -> Result<Self, RingError> {
+        if setup.size == 0 || setup.size > SIZE_MAX || !setup.size.is_power_of_two() {
+            return Err(RingError::Size(setup.size));
+        }
+        let host = translate_areas(setup, memory, areas(setup.size))?;
+        // SAFETY: each area was translated with its whole length for `size` and is aligned as `areas` says.
+        Ok(unsafe { Self::from_raw(host, setup.size) })
+    }
+
+    fn size(&self) -> u16 {
+        self.size
+    }
+
+    fn start(&self, base: u32) -> Result<[u16; 2], RingError> {
+        let next = u16::try_from(base).map_err(|_| RingError::Base(base))?;
+        // The one time that the used index is read back: it is where the driver expects us to go on.
+        Ok([next, self.calls(false).index()])
+    }
+
+    fn base(next: u16) -> u32 {
+        next.into()
+    }
+
+    #[inline]
+    fn advance(&self, at: u16, slots: u16) -> u16 {
+        at.wrapping_add(slots)
+    }
+
+    #[inline]
+    fn available(&self, next: u16, seen: &mut u16, wanted: u16) -> Result<u16, RingFault> {
+        let known = seen.wrapping_sub(next);
+        if known >= wanted {
+            return Ok(known);
+        }
+        let to = self.kicks(false).index();
+        let available = to.wrapping_sub(next);
+        if available > self.size {
+            return Err(RingFault::AvailIndex { from: next, to, size: self.size });
+        }
+        *seen = to;
+        Ok(available)
+    }
+
+    #[inline]
+    fn prefetch(&self, at: u16, count: u16) {
+        for i in 0..count {
+            // A hint only: the entry is read again when its turn comes.
+            let head = self.avail_entry(at.wrapping_add(i));
+            crate::copy::prefetch(self.desc.wrapping_add(2 * usize::from(head)).cast());
+        }
+    }
+
+    #[inline]
+    fn first(&self, at: u16) -> Result<Option<(u16, Descriptor)>, RingFault> {
+        let head = self.avail_entry(at);
+        match self.descriptor(head) {
+            Some(descriptor) => Ok(Some((head, descriptor))),
+            None => Err(RingFault::Head { entry: head, size: self.size }),
+        }
+    }
+
+    fn follow(&self, chain: &mut Chain) -> bool {
+        let next = self.descriptor(chain.last.next);
+        chain.last = next.unwrap_or_default();
+        next.is_some()
+    }
+
+    /// A chain is one entry of the available ring, however long it is.
+    fn end(&self, _: &mut Chain) {}
+
+    fn table_entry(words: [u64; 2], _index: u16, _entries: u16) -> Descriptor {
+        Descriptor::from_words(words[0], words[1])
+    }
+
+    #[inline]
+    fn set_used(&self, at: u16, id: u16, len: u32) {
+        self.set_used(at, id, len);
+    }
+
+    #[inline]
+    fn publish(&self, _: u16, new: u16, _: (u16, u32)) {
+        self.calls(false).publish(new);
+    }
+
+    #[inline]
+    fn kicks(&self, event_idx: bool) -> impl Words {
+        self.kicks(event_idx)
+    }
+
+    #[inline]
+    fn calls(&self, event_idx: bool) -> impl Words {
+        self.calls(event_idx)
     }
 }

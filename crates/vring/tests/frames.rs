@@ -45,8 +45,8 @@ impl Guest {
             })
             .collect();
         let mapped = Arc::new(GuestMemory::map(&regions).unwrap());
-        let tx = DriverRing::new(&memory, 0, size, false);
-        let rx = DriverRing::new(&memory, 0x4_0000, size, false);
+        let tx = DriverRing::new(&memory, 0, size, 0);
+        let rx = DriverRing::new(&memory, 0x4_0000, size, 0);
         Self { memory, mapped, tx, rx }
     }
 
@@ -377,7 +377,7 @@ fn truncated_memory_breaks_the_ring_and_nothing_else() {
     let fd = memory.fd().try_clone_to_owned().unwrap();
     let mapped = Arc::new(GuestMemory::map(&[(memory.region(), fd)]).unwrap());
     assert!(mapped.shrinkable());
-    let mut ring = DriverRing::new(&memory, 0, 16, false);
+    let mut ring = DriverRing::new(&memory, 0, 16, 0);
     let mut tx = TxRing::start(Guest::setup(&ring, MODERN), &mapped).unwrap();
     ring.offer(&cut(BUFFERS, 1000, &[], false)).unwrap();
     ring.publish();

@@ -398,8 +398,8 @@ fn a_ring_keeps_its_memory() {
     let _process = shared();
     let fd = memfd("vring-memory-kept", 4 * PAGE);
     let memory = DriverMemory::new(4096).unwrap();
-    let ring = DriverRing::new(&memory, 0, 16, false);
-    let spec = RegionSpec { mmap_offset: 0, ..memory.region() };
+    let ring = DriverRing::new(&memory, 0, 16, 0);
+    let spec = RegionSpec { size: 4 * PAGE, mmap_offset: 0, ..memory.region() };
     let mapped = Arc::new(GuestMemory::map(&[(spec, fd)]).unwrap());
     let [desc_user_addr, avail_user_addr, used_user_addr] = ring.user_addrs();
     let setup = RingSetup {

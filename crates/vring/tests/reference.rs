@@ -394,7 +394,7 @@ fn other_drivers() {
             assert!(frame.len() % 100 == 0, "frame {i} has whole buffers");
         }
 
-        let mut ours = DriverRing::new(&rig.memory, 0, size, false);
+        let mut ours = DriverRing::new(&rig.memory, 0, size, 0);
         rig.model = Model::new(rig.image(), rig.model.regions.clone(), size, features, 0);
         rig.load();
         let offsets = ours.area_offsets();

@@ -53,7 +53,7 @@ pub enum Call {
     SetFeatures(u64),
     SetMtu(u64),
     SendRarp([u8; 6]),
-    Start { index: u16, size: u16, base: u16, enabled: bool, kick: bool, call: bool },
+    Start { index: u16, size: u16, base: u32, enabled: bool, kick: bool, call: bool },
     Stop(u16),
     Enable(u16, bool),
     SetCall(u16, bool),
@@ -69,7 +69,7 @@ pub struct Notes {
     /// Rings that run, with what they hold.
     pub running: BTreeMap<u16, TxRing>,
     /// What stopping a ring returns; nothing: the ring broke.
-    pub stop_at: Option<u16>,
+    pub stop_at: Option<u32>,
 }
 
 /// A device that runs no rings but checks that it could.
@@ -158,7 +158,7 @@ impl Device for Recorder {
         Ok(())
     }
 
-    fn stop_ring(&mut self, index: u16) -> Option<u16> {
+    fn stop_ring(&mut self, index: u16) -> Option<u32> {
         assert!(self.notes().running.remove(&index).is_some(), "ring {index} stopped twice");
         self.note(Call::Stop(index));
         self.notes().stop_at

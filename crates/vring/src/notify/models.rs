@@ -6,7 +6,7 @@ use loom::sync::Notify;
 use loom::sync::atomic::{AtomicU16, Ordering, fence};
 use loom::thread;
 
-use super::{Words, arm, disarm, wanted};
+use super::{Words, arm, disarm, passed, wanted};
 
 /// What a twin leaves out.
 #[derive(Clone, Copy, PartialEq)]
@@ -34,33 +34,41 @@ struct Ring {
 /// One side's view of it.
 struct Side<'a> {
     ring: &'a Ring,
+    event_idx: bool,
     fence: bool,
-    publish: Ordering,
 }
 
-impl Words for Side<'_> {
+impl Side<'_> {
     fn index(&self) -> u16 {
         self.ring.index.load(Ordering::Acquire)
     }
+}
 
-    fn publish(&self, index: u16) {
-        self.ring.index.store(index, self.publish);
+impl Words for Side<'_> {
+    fn is_there(&self, at: u16) -> bool {
+        self.index() != at
     }
 
-    fn flags(&self) -> u16 {
-        self.ring.flags.load(Ordering::Relaxed)
+    fn wish(&self, at: u16) {
+        if self.event_idx {
+            self.ring.event.store(at, Ordering::Relaxed);
+        } else {
+            self.ring.flags.store(0, Ordering::Relaxed);
+        }
     }
 
-    fn set_flags(&self, flags: u16) {
-        self.ring.flags.store(flags, Ordering::Relaxed);
+    fn wish_nothing(&self) {
+        if !self.event_idx {
+            self.ring.flags.store(1, Ordering::Relaxed);
+        }
     }
 
-    fn event(&self) -> u16 {
-        self.ring.event.load(Ordering::Relaxed)
-    }
-
-    fn set_event(&self, index: u16) {
-        self.ring.event.store(index, Ordering::Relaxed);
+    fn is_wished(&self, old: u16, new: u16) -> bool {
+        if self.event_idx {
+            passed(self.ring.event.load(Ordering::Relaxed), old, new)
+        } else {
+            self.ring.flags.load(Ordering::Relaxed) & 1 == 0
+        }
     }
 
     fn fence(&self) {
@@ -90,19 +98,19 @@ fn check(event_idx: bool, broken: Broken) {
 
 fn tell(ring: &Ring, event_idx: bool, broken: Broken) {
     let publish = if broken == Broken::Release { Ordering::Relaxed } else { Ordering::Release };
-    let side = Side { ring, fence: broken != Broken::TellersFence, publish };
+    let side = Side { ring, event_idx, fence: broken != Broken::TellersFence };
     for old in 0..ENTRIES {
         // SAFETY: the entry is ours until it is published; the checker would find an access meanwhile.
         ring.entries[usize::from(old)].with_mut(|entry| unsafe { *entry = old + 1 });
-        side.publish(old + 1);
-        if wanted(&side, event_idx, old, old + 1) {
+        ring.index.store(old + 1, publish);
+        if wanted(&side, old, old + 1) {
             ring.bell.notify();
         }
     }
 }
 
 fn take(ring: &Ring, event_idx: bool, broken: Broken) {
-    let side = Side { ring, fence: broken != Broken::WaitersFence, publish: Ordering::Release };
+    let side = Side { ring, event_idx, fence: broken != Broken::WaitersFence };
     let mut next = 0;
     while next < ENTRIES {
         let available = side.index();
@@ -117,14 +125,14 @@ fn take(ring: &Ring, event_idx: bool, broken: Broken) {
         }
         let sleep = if broken == Broken::Order {
             let nothing = side.index() == next;
-            arm(&side, event_idx, next);
+            arm(&side, next);
             nothing
         } else {
-            arm(&side, event_idx, next)
+            arm(&side, next)
         };
         if sleep {
             ring.bell.wait();
-            disarm(&side, event_idx);
+            disarm(&side);
         }
     }
 }

@@ -509,7 +509,7 @@ impl Rig {
             desc_user_addr,
             avail_user_addr,
             used_user_addr,
-            base: self.model.next,
+            base: self.model.next.into(),
             features: self.model.features,
             kick: None,
             call,
@@ -589,7 +589,7 @@ impl Rig {
             }
             let call = burst.complete();
             assert_eq!(call, self.model.complete(u16::try_from(count).unwrap()), "call after {count}");
-            assert_eq!(ring.base(), self.model.next);
+            assert_eq!(ring.base(), u32::from(self.model.next));
             self.check();
         }
     }
@@ -611,7 +611,7 @@ impl Rig {
         match &result {
             Ok(_) => {
                 self.check();
-                assert_eq!(ring.base(), self.model.next);
+                assert_eq!(ring.base(), u32::from(self.model.next));
             }
             Err(_) => {
                 // Buffers and used elements may have been written, but nothing was said about them.

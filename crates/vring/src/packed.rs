@@ -1,0 +1,332 @@
+//! The packed ring as it lies in shared memory (virtio 1.2, 2.8): the only place that touches its words.
+//!
+//! One ring of descriptors that both sides write, and two words of event suppression. A driver writes a descriptor over a
+//! used one; the device writes a used one over the first descriptor of a chain. Whose a descriptor is, two flags say, in
+//! comparison with a *wrap counter* that each side flips when it comes to the ring's beginning.
+//!
+//! ```text
+//! descriptor  addr u64 | len u32 | id u16 | flags u16        size × 16 bytes
+//! event       descriptor u15, wrap u1 | flags u2             4 bytes for each side
+//! ```
+//!
+//! A position is 16 bits: the index, and the wrap counter in bit 15, as SET_VRING_BASE and the event words have it.
+//!
+//! Length, id and flags are one aligned 64-bit word, which is loaded by one atomic load and stored by one atomic store:
+//! whoever sees the flags sees the id and the length that belong to them. It is loaded with acquire before the address is
+//! read. The first used descriptor of a burst is stored last, with release: the driver looks at descriptors in order, so
+//! it sees all of them or none.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+
+use crate::descriptor::{DESC_NEXT, DESC_WRITE, Descriptor};
+use crate::device::RingFault;
+use crate::layout::{Chain, Layout, translate_areas};
+use crate::memory::GuestMemory;
+use crate::notify::Words;
+use crate::setup::RingSetup;
+use crate::{RingError, SIZE_MAX};
+
+/// Descriptor flag: equal to the driver's wrap counter when made available (virtio 1.2, 2.8.1).
+pub(crate) const DESC_AVAIL: u16 = 1 << 7;
+/// Descriptor flag: the inverse of it when made available, equal to [`DESC_AVAIL`] when used.
+pub(crate) const DESC_USED: u16 = 1 << 15;
+/// Wrap counter of a position.
+pub(crate) const WRAP: u16 = 1 << 15;
+
+/// Event flags (virtio 1.2, 2.8.14): notify always, never, or of one descriptor (with EVENT_IDX only).
+const EVENT_ENABLE: u16 = 0;
+const EVENT_DISABLE: u16 = 1;
+const EVENT_DESC: u16 = 2;
+
+/// Which areas a packed ring of `size` descriptors has: (name, length, alignment) (virtio 1.2, 2.8).
+pub(crate) fn areas(size: u16) -> [(&'static str, u64, u64); 3] {
+    let ring = Descriptor::LEN * u64::from(size);
+    [("descriptor ring", ring, 16), ("driver event area", 4, 4), ("device event area", 4, 4)]
+}
+
+/// The flags that make a descriptor at a position available.
+#[inline]
+pub(crate) fn available_flags(at: u16) -> u16 {
+    if at & WRAP != 0 { DESC_AVAIL } else { DESC_USED }
+}
+
+/// The flags that make it used.
+#[inline]
+pub(crate) fn used_flags(at: u16) -> u16 {
+    if at & WRAP != 0 { DESC_AVAIL | DESC_USED } else { 0 }
+}
+
+/// Pointers to the three areas of one running ring; as for a split ring, its owner holds the memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PackedRing {
+    desc: *const AtomicU64,
+    driver_event: *const AtomicU32,
+    device_event: *const AtomicU32,
+    size: u16,
+}
+
+// SAFETY: the pointers go to shared memory that is accessed through atomics only; who owns a `PackedRing` also holds the
+// memory behind it.
+unsafe impl Send for PackedRing {}
+
+impl PackedRing {
+    /// From addresses of our own.
+    ///
+    /// # Safety
+    /// Each pointer is aligned and valid for reads and writes of its area of a ring of `size` (see [`areas`]) as long as
+    /// the result is used; `size` is not 0.
+    pub(crate) unsafe fn from_raw(host: [*mut u8; 3], size: u16) -> Self {
+        Self { desc: host[0].cast(), driver_event: host[1].cast(), device_event: host[2].cast(), size }
+    }
+
+    pub(crate) fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// The position `slots` ≤ size further on.
+    #[inline]
+    pub(crate) fn advance(&self, at: u16, slots: u16) -> u16 {
+        // Below 2 × 32768, so it does not wrap around.
+        let index = u32::from(at & !WRAP) + u32::from(slots);
+        let size = u32::from(self.size);
+        #[allow(clippy::cast_possible_truncation)]
+        if index < size { at & WRAP | index as u16 } else { (at & WRAP ^ WRAP) | (index - size) as u16 }
+    }
+
+    /// Whether a position, given from outside, lies in the ring.
+    fn contains(&self, at: u16) -> bool {
+        at & !WRAP < self.size
+    }
+
+    /// Slots from position `from` forward to `to`, both in the ring: less than 2 × size.
+    fn distance(&self, from: u16, to: u16) -> u32 {
+        let size = u32::from(self.size);
+        let laps = |at: u16| u32::from(at & !WRAP) + if at & WRAP != 0 { 0 } else { size };
+        (laps(to) + 2 * size - laps(from)) % (2 * size)
+    }
+
+    /// One of the two words of the descriptor at a position in the ring: 0 the address, 1 the rest.
+    #[inline]
+    fn word(&self, at: u16, word: usize) -> &AtomicU64 {
+        let index = usize::from(at & !WRAP);
+        debug_assert!(index < usize::from(self.size) && word < 2);
+        // SAFETY: positions come from `start` (checked) and `advance`, so the index is below `size`, and the ring has
+        // 2 × size words; aligned and valid by `from_raw`'s contract.
+        unsafe { &*self.desc.add(2 * index + word) }
+    }
+
+    /// Length, id and flags of the descriptor at `at`, with acquire.
+    #[inline]
+    pub(crate) fn rest(&self, at: u16) -> u64 {
+        self.word(at, 1).load(Ordering::Acquire)
+    }
+
+    /// Stores them, with `order`: length, id, flags.
+    #[inline]
+    pub(crate) fn set_rest(&self, at: u16, rest: u64, order: Ordering) {
+        self.word(at, 1).store(rest, order);
+    }
+
+    /// Stores the address of the descriptor at `at`.
+    pub(crate) fn set_addr(&self, at: u16, addr: u64) {
+        self.word(at, 0).store(addr.to_le(), Ordering::Relaxed);
+    }
+
+    /// The descriptor at `at`, whosever it is, fetched once.
+    #[inline]
+    pub(crate) fn descriptor(&self, at: u16) -> Descriptor {
+        let rest = self.rest(at);
+        Descriptor::from_packed(self.word(at, 0).load(Ordering::Relaxed), rest)
+    }
+
+    /// Flags of the descriptor at `at`, with acquire.
+    #[inline]
+    fn flags(&self, at: u16) -> u16 {
+        Descriptor::from_packed(0, self.rest(at)).flags
+    }
+
+    /// Whether the descriptor at `at` was made available.
+    #[inline]
+    pub(crate) fn is_available(&self, at: u16) -> bool {
+        self.flags(at) & (DESC_AVAIL | DESC_USED) == available_flags(at)
+    }
+
+    /// Whether the descriptor at `at` is used.
+    #[inline]
+    pub(crate) fn is_used(&self, at: u16) -> bool {
+        self.flags(at) & (DESC_AVAIL | DESC_USED) == used_flags(at)
+    }
+
+    fn used_word(at: u16, id: u16, len: u32) -> u64 {
+        // Virtio 1.2, 2.8.4: WRITE tells that the length means something.
+        let write = if len == 0 { 0 } else { DESC_WRITE };
+        Descriptor { addr: 0, len, flags: used_flags(at) | write, next: id }.to_packed()[1]
+    }
+
+    /// The driver tells the device.
+    #[inline]
+    pub(crate) fn kicks(&self, event_idx: bool) -> Direction<'_> {
+        // SAFETY: valid and aligned by `from_raw`'s contract.
+        let event = unsafe { &*self.device_event };
+        Direction { ring: self, event, event_idx, is_there: Self::is_available }
+    }
+
+    /// The device tells the driver.
+    #[inline]
+    pub(crate) fn calls(&self, event_idx: bool) -> Direction<'_> {
+        // SAFETY: valid and aligned by `from_raw`'s contract.
+        let event = unsafe { &*self.driver_event };
+        Direction { ring: self, event, event_idx, is_there: Self::is_used }
+    }
+}
+
+/// The wish of one side, one 32-bit word: position, then flags.
+pub(crate) struct Direction<'a> {
+    ring: &'a PackedRing,
+    event: &'a AtomicU32,
+    event_idx: bool,
+    is_there: fn(&PackedRing, u16) -> bool,
+}
+
+impl Direction<'_> {
+    #[inline]
+    fn store(&self, at: u16, flags: u16) {
+        self.event.store((u32::from(at) | u32::from(flags) << 16).to_le(), Ordering::Relaxed);
+    }
+}
+
+impl Words for Direction<'_> {
+    fn is_there(&self, at: u16) -> bool {
+        (self.is_there)(self.ring, at)
+    }
+
+    fn wish(&self, at: u16) {
+        self.store(at, if self.event_idx { EVENT_DESC } else { EVENT_ENABLE });
+    }
+
+    #[inline]
+    fn wish_nothing(&self) {
+        self.store(0, EVENT_DISABLE);
+    }
+
+    #[inline]
+    fn is_wished(&self, old: u16, new: u16) -> bool {
+        let event = u32::from_le(self.event.load(Ordering::Relaxed));
+        #[allow(clippy::cast_possible_truncation)]
+        let (at, flags) = (event as u16, (event >> 16) as u16 & 3);
+        match flags {
+            EVENT_DISABLE => false,
+            // A position outside of the ring, and flags that mean nothing, are a wish for everything.
+            EVENT_DESC if self.event_idx && self.ring.contains(at) => {
+                self.ring.distance(old, at) < self.ring.distance(old, new)
+            }
+            _ => true,
+        }
+    }
+
+    #[inline]
+    fn fence(&self) {
+        fence(Ordering::SeqCst);
+    }
+}
+
+impl Layout for PackedRing {
+    const FIRST_LAST: bool = true;
+
+    fn new(setup: &RingSetup, memory: &Arc<GuestMemory>) -> Result<Self, RingError> {
+        // Virtio 1.2, 2.8.10.1: any size up to 2^15, not only powers of two.
+        if setup.size == 0 || setup.size > SIZE_MAX {
+            return Err(RingError::Size(setup.size));
+        }
+        let host = translate_areas(setup, memory, areas(setup.size))?;
+        // SAFETY: each area was translated with its whole length for `size` and is aligned as `areas` says.
+        Ok(unsafe { Self::from_raw(host, setup.size) })
+    }
+
+    fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// The lower half is where to take chains, the upper half where to write used ones (vhost-user specification,
+    /// "Virtqueue state"). Nothing is outstanding, so they are the same; some front ends leave the upper half at 0.
+    fn start(&self, base: u32) -> Result<[u16; 2], RingError> {
+        #[allow(clippy::cast_possible_truncation)]
+        let next = base as u16;
+        if self.contains(next) { Ok([next, next]) } else { Err(RingError::Base(base)) }
+    }
+
+    fn base(next: u16) -> u32 {
+        u32::from(next) | u32::from(next) << 16
+    }
+
+    #[inline]
+    fn advance(&self, at: u16, slots: u16) -> u16 {
+        self.advance(at, slots)
+    }
+
+    /// There is no index: only a look at each descriptor tells.
+    #[inline]
+    fn available(&self, _: u16, _: &mut u16, wanted: u16) -> Result<u16, RingFault> {
+        Ok(wanted)
+    }
+
+    /// Descriptors lie one behind the other, which caches see by themselves.
+    #[inline]
+    fn prefetch(&self, _: u16, _: u16) {}
+
+    #[inline]
+    fn first(&self, at: u16) -> Result<Option<(u16, Descriptor)>, RingFault> {
+        let descriptor = self.descriptor(at);
+        if descriptor.flags & (DESC_AVAIL | DESC_USED) != available_flags(at) {
+            return Ok(None);
+        }
+        if descriptor.next >= self.size {
+            return Err(RingFault::Head { entry: descriptor.next, size: self.size });
+        }
+        Ok(Some((descriptor.next, descriptor)))
+    }
+
+    /// A chain is descriptors one behind the other, and its id is in the last one (virtio 1.2, 2.8.6). The driver makes
+    /// the first one available when all are there.
+    fn follow(&self, chain: &mut Chain) -> bool {
+        let fits = chain.slots < self.size;
+        if fits {
+            chain.last = self.descriptor(self.advance(chain.at, chain.slots));
+            chain.slots += 1;
+            chain.id = chain.last.next;
+        }
+        fits
+    }
+
+    fn end(&self, chain: &mut Chain) {
+        while chain.last.flags & DESC_NEXT != 0 && self.follow(chain) {}
+    }
+
+    /// Entries run to the table's end, and of their flags WRITE alone means something (virtio 1.2, 2.8.7).
+    fn table_entry(words: [u64; 2], index: u16, entries: u16) -> Descriptor {
+        let entry = Descriptor::from_packed(words[0], words[1]);
+        let next = if index + 1 < entries { DESC_NEXT } else { 0 };
+        Descriptor { flags: entry.flags & DESC_WRITE | next, next: index + 1, ..entry }
+    }
+
+    #[inline]
+    fn set_used(&self, at: u16, id: u16, len: u32) {
+        self.set_rest(at, Self::used_word(at, id, len), Ordering::Relaxed);
+    }
+
+    #[inline]
+    fn publish(&self, old: u16, _: u16, (id, len): (u16, u32)) {
+        self.set_rest(old, Self::used_word(old, id, len), Ordering::Release);
+    }
+
+    #[inline]
+    fn kicks(&self, event_idx: bool) -> impl Words {
+        self.kicks(event_idx)
+    }
+
+    #[inline]
+    fn calls(&self, event_idx: bool) -> impl Words {
+        self.calls(event_idx)
+    }
+}
