@@ -115,10 +115,10 @@ fn p18_ring_sizes() {
         let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
         statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
     };
-    let mut repeat = |count| (0..count).for_each(|_| raw.accepted(id::SET_VRING_NUM, &state(1, 256), &[]));
+    let mut repeat = |times| (0..times).for_each(|_| raw.accepted(id::SET_VRING_NUM, &state(1, 256), &[]));
     repeat(1000);
     let before = resident();
-    repeat(20_000);
+    repeat(count(20_000, 1_000_000));
     assert!(resident() < before + (1 << 20), "memory grew from {before} to {}", resident());
     drop((raw, kick, memory));
     bench.check_recovered();
@@ -261,8 +261,8 @@ fn p22_p24_call_and_err_replaced_again_and_again() {
     let mut raw = bench.negotiated();
     memory.give(&mut raw);
     let kick = raw.start_ring(0, &memory);
-    let mut replace = |count: usize| {
-        for _ in 0..count {
+    let mut replace = |times| {
+        for _ in 0..times {
             let bell = event();
             raw.accepted(id::SET_VRING_CALL, &0u64.to_ne_bytes(), &[bell.as_fd()]);
             raw.accepted(id::SET_VRING_ERR, &0u64.to_ne_bytes(), &[bell.as_fd()]);
@@ -274,7 +274,7 @@ fn p22_p24_call_and_err_replaced_again_and_again() {
     // The memory's own descriptor is still being let go of.
     wait_until("the burial", || Holdings::now().threads == bench.base.threads);
     let before = Holdings::now();
-    replace(3000);
+    replace(count(3000, 100_000));
     before.wait_for_return();
     drop((raw, kick, memory));
     bench.check_recovered();
@@ -289,14 +289,15 @@ fn p25_rings_are_enabled_and_disabled() {
     let kick = raw.start_ring(0, &memory);
     // With PROTOCOL_FEATURES a ring starts disabled.
     assert_eq!(bench.status().state, SessionState::Negotiating);
-    for _ in 0..2000 {
+    let rounds = count(2000, 100_000);
+    for _ in 0..rounds {
         raw.accepted(id::SET_VRING_ENABLE, &state(0, 1), &[]);
         raw.accepted(id::SET_VRING_ENABLE, &state(0, 0), &[]);
     }
     raw.refused(id::SET_VRING_ENABLE, &state(0, 2), &[]);
     raw.refused(id::SET_VRING_ENABLE, &state(0, u32::MAX), &[]);
     let enables = bench.device.calls().iter().filter(|call| matches!(call, Call::Enable(..))).count();
-    assert_eq!(enables, 4000);
+    assert_eq!(enables, 2 * rounds as usize);
     drop((raw, kick, memory));
     bench.check_recovered();
 }
@@ -463,7 +464,8 @@ fn p33_reconnects_as_fast_as_they_come() {
     let memory = Memory::new(0);
     let bell = event();
     let handshake = handshake(&memory, &bell);
-    for round in 0..100 {
+    let rounds = count(100, 3000);
+    for round in 0..rounds {
         let mut raw = bench.raw();
         for (bytes, fd) in &handshake {
             let fds: Vec<_> = fd.iter().copied().collect();
@@ -474,7 +476,7 @@ fn p33_reconnects_as_fast_as_they_come() {
             bench.check_canary();
         }
     }
-    wait_until("all", || bench.status().connections == 100);
+    wait_until("all", || bench.status().connections == u64::from(rounds));
     drop(handshake);
     drop((memory, bell));
     bench.check_recovered();
