@@ -67,8 +67,8 @@ impl Device for LimitPort {
         Ok(())
     }
 
-    fn stop_ring(&mut self, index: u16) -> Option<u16> {
-        self.slot(index).take().map(|ring| ring.base())
+    fn stop_ring(&mut self, index: u16) -> Option<u32> {
+        self.slot(index).take().map(|ring| ring.base().into())
     }
 
     fn enable_ring(&mut self, _: u16, _: bool) {}
