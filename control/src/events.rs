@@ -41,7 +41,7 @@ pub enum EventKind {
     Plugged,
     /// A plug was undone.
     Unplugged,
-    /// A step of a stored plug failed and will be tried again.
+    /// A step of a stored plug, or of an unplug, failed for a new reason and will be tried again.
     Failed,
     /// A front end connected.
     Connected,

@@ -6,7 +6,8 @@
 //! start   for each record: the same steps, tried until they succeed
 //! ```
 //!
-//! An unplug that fails half-way keeps its record, and is finished by the next request for that name or the next start.
+//! What cannot be finished, a stored plug that does not come back or an unplug that fails half-way, keeps its record,
+//! says so, and is tried again in the background until it succeeds. A start goes on with it.
 //!
 //! What one plug does is serialised by its turn; different plugs do not wait for one another. Whether a plug may be at
 //! all (a name, socket, TAP or uplink that is taken) is decided in one short critical section over the table of plugs,
@@ -14,6 +15,8 @@
 
 mod steps;
 mod table;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +27,7 @@ use tokio::time::Instant;
 
 use self::steps::Steps;
 pub use self::steps::{SocketRules, StepError};
-use self::table::{Admission, Table};
+use self::table::{Admission, Fault, Table};
 use crate::events::{EventKind, Events};
 use crate::names::Name;
 use crate::spec::{PlugSpec, SpecError};
@@ -33,7 +36,7 @@ use crate::store::{Intent, Record, Store, StoreError};
 
 /// How often a waiter looks, at most: not every step of a port is an event.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
-/// First and longest pause between two attempts to bring a stored plug back.
+/// First and longest pause between two attempts at what could not be finished.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_LONGEST: Duration = Duration::from_secs(10);
 
@@ -75,6 +78,16 @@ pub enum PlugError {
         /// What failed.
         cause: StepError,
     },
+    /// An unplug that goes on in the background.
+    #[error("plug {id} is being unplugged, which is tried again until it succeeds: {cause}")]
+    Unfinished {
+        /// Which plug.
+        id: Name,
+        /// Who has to do something about it.
+        whose: Whose,
+        /// What failed.
+        cause: String,
+    },
     /// Not there.
     #[error("there is no plug {0}")]
     NotFound(Name),
@@ -100,6 +113,24 @@ pub fn duration_text(duration: Duration) -> String {
         format!("{}s", duration.as_secs())
     } else {
         format!("{}ms", duration.as_millis())
+    }
+}
+
+impl From<&StepError> for Fault {
+    fn from(error: &StepError) -> Self {
+        Self { whose: error.whose(), message: error.to_string() }
+    }
+}
+
+impl From<StepError> for Fault {
+    fn from(error: StepError) -> Self {
+        Self::from(&error)
+    }
+}
+
+impl From<StoreError> for Fault {
+    fn from(error: StoreError) -> Self {
+        Self { whose: Whose::Host, message: error.to_string() }
     }
 }
 
@@ -162,8 +193,10 @@ impl Plugs {
     pub fn show(&self, id: &Name) -> Result<Plug, PlugError> {
         let (record, ports, fault) = self.table.look(id).ok_or_else(|| PlugError::NotFound(id.clone()))?;
         let status = match (record.intent, fault) {
-            (Intent::Unplugged, fault) => {
-                Status::pending(Whose::Host, fault.map_or_else(|| "being unplugged".into(), |f| f.message))
+            (Intent::Unplugged, None) => Status::pending(Whose::Vhostd, "being unplugged"),
+            (Intent::Unplugged, Some(fault)) => {
+                let message = format!("being unplugged, will be tried again: {}", fault.message);
+                Status::pending(fault.whose, message)
             }
             (Intent::Plugged, Some(fault)) => Status::pending(fault.whose, fault.message),
             (Intent::Plugged, None) => match ports {
@@ -206,62 +239,81 @@ impl Plugs {
     /// Brings every stored plug back, and returns when each has been tried once. Those that fail are tried again in
     /// the background until they succeed or are unplugged.
     pub async fn restore(self: &Arc<Self>) {
-        let tasks: Vec<_> =
-            self.table.ids().into_iter().map(|id| tokio::spawn(self.clone().restore_one(id))).collect();
+        let restore_one = |id| {
+            let plugs = self.clone();
+            async move {
+                let _turn = plugs.table.turn(&id).await;
+                if !plugs.go_on(&id).await {
+                    plugs.retry(&id);
+                }
+            }
+        };
+        let tasks: Vec<_> = self.table.ids().into_iter().map(|id| tokio::spawn(restore_one(id))).collect();
         for task in tasks {
             task.await.expect("restoring a plug does not panic");
         }
     }
 
-    async fn restore_one(self: Arc<Self>, id: Name) {
-        if self.try_restore(&id).await {
+    /// Goes on with a plug in the background until nothing is left to do. The caller has its turn.
+    fn retry(self: &Arc<Self>, id: &Name) {
+        if !self.table.begin_retrying(id) {
             return;
         }
+        let (plugs, id) = (self.clone(), id.clone());
         tokio::spawn(async move {
             let mut pause = RETRY_FIRST;
             loop {
                 tokio::time::sleep(pause).await;
-                if self.try_restore(&id).await {
-                    return;
+                let _turn = plugs.table.turn(&id).await;
+                if plugs.go_on(&id).await {
+                    return plugs.table.end_retrying(&id);
                 }
                 pause = (pause * 2).min(RETRY_LONGEST);
             }
         });
     }
 
-    /// True when there is nothing left to do for this plug.
-    async fn try_restore(&self, id: &Name) -> bool {
-        let _turn = self.table.turn(id).await;
+    /// Takes the steps that are left for a plug. True when there are none any more. The caller has its turn.
+    async fn go_on(&self, id: &Name) -> bool {
         let Some((record, ports, _)) = self.table.look(id) else { return true };
         let done = match (record.intent, ports) {
-            (Intent::Plugged, Some(_)) => return true,
-            (Intent::Plugged, None) => self.attach(id, &record.spec, true).await,
+            (Intent::Plugged, Some(_)) => Ok(()),
+            (Intent::Plugged, None) => self.attach(id, &record.spec).await.map_err(Fault::from),
             (Intent::Unplugged, _) => self.detach_and_forget(id, &record.spec).await,
         };
-        if let Err(error) = &done {
-            tracing::warn!(plug = %id, "{error}; will try again");
+        let finished = done.is_ok();
+        if let Err(fault) = done {
+            self.failed(id, fault);
+        } else if record.intent == Intent::Unplugged {
+            self.unplugged(id);
         }
-        done.is_ok()
+        finished
     }
 
-    async fn plug_in_turn(&self, id: &Name, spec: PlugSpec) -> Result<Outcome, PlugError> {
+    async fn plug_in_turn(self: &Arc<Self>, id: &Name, spec: PlugSpec) -> Result<Outcome, PlugError> {
         let _turn = self.table.turn(id).await;
         // An unplug that could not be finished is in the way of anything new under this name.
         if let Some((Record { intent: Intent::Unplugged, spec: old, .. }, ..)) = self.table.look(id) {
-            self.detach_and_forget(id, &old).await?;
+            self.undo(id, &old).await?;
+            self.unplugged(id);
         }
+        let step = |cause| PlugError::Step { id: id.clone(), cause };
         match self.table.admit(id, &spec)? {
             Admission::Present => return Ok(Outcome::Unchanged),
-            Admission::Unfinished => self.attach(id, &spec, true).await?,
+            Admission::Unfinished => {
+                let attached = self.attach(id, &spec).await;
+                attached.inspect_err(|cause| self.failed(id, cause.into())).map_err(step)?;
+            }
             Admission::New => {
                 if let Err(error) = self.store.put(id, Record::new(Intent::Plugged, spec.clone())).await {
                     self.table.remove(id);
                     return Err(error.into());
                 }
-                if let Err(error) = self.attach(id, &spec, false).await {
-                    self.store.delete(id).await?;
-                    self.table.remove(id);
-                    return Err(error);
+                if let Err(cause) = self.attach(id, &spec).await {
+                    self.table.unplugging(id);
+                    // What matters to the caller is why there is no plug; what is left of it is not theirs to clear away.
+                    let _ = self.undo(id, &spec).await;
+                    return Err(step(cause));
                 }
             }
         }
@@ -270,44 +322,49 @@ impl Plugs {
         Ok(Outcome::Created)
     }
 
-    /// Takes the steps of a plug. One that was wanted before stays wanted when a step fails.
-    async fn attach(&self, id: &Name, spec: &PlugSpec, wanted_before: bool) -> Result<(), PlugError> {
-        match self.steps.attach(id, spec, wanted_before).await {
-            Ok(ports) => {
-                self.table.attached(id, ports);
-                Ok(())
-            }
-            Err(cause) => {
-                self.table.failed(id, cause.whose(), cause.to_string());
-                if wanted_before {
-                    self.events.publish(EventKind::Failed, Some(id.as_str()), cause.to_string());
-                }
-                Err(PlugError::Step { id: id.clone(), cause })
-            }
-        }
-    }
-
-    async fn unplug_in_turn(&self, id: &Name) -> Result<bool, PlugError> {
+    async fn unplug_in_turn(self: &Arc<Self>, id: &Name) -> Result<bool, PlugError> {
         let _turn = self.table.turn(id).await;
         let Some((record, ..)) = self.table.look(id) else { return Ok(false) };
         self.store.put(id, Record::new(Intent::Unplugged, record.spec.clone())).await?;
         self.table.unplugging(id);
-        self.detach_and_forget(id, &record.spec).await?;
-        tracing::info!(plug = %id, "unplugged");
-        self.events.publish(EventKind::Unplugged, Some(id.as_str()), "");
+        self.undo(id, &record.spec).await?;
+        self.unplugged(id);
         Ok(true)
     }
 
-    async fn detach_and_forget(&self, id: &Name, spec: &PlugSpec) -> Result<(), PlugError> {
-        let (_, ports, _) = self.table.look(id).ok_or_else(|| PlugError::NotFound(id.clone()))?;
-        let detached = self.steps.detach(id, spec, ports.unwrap_or_default()).await;
-        self.table.detached(id);
-        if let Err(cause) = detached {
-            self.table.failed(id, cause.whose(), cause.to_string());
-            return Err(PlugError::Step { id: id.clone(), cause });
-        }
+    async fn attach(&self, id: &Name, spec: &PlugSpec) -> Result<(), StepError> {
+        let ports = self.steps.attach(id, spec).await?;
+        self.table.attached(id, ports);
+        Ok(())
+    }
+
+    /// Undoes a plug whose intent says so, if not now then in the background.
+    async fn undo(self: &Arc<Self>, id: &Name, spec: &PlugSpec) -> Result<(), PlugError> {
+        let Err(fault) = self.detach_and_forget(id, spec).await else { return Ok(()) };
+        let Fault { whose, message } = fault.clone();
+        self.failed(id, fault);
+        self.retry(id);
+        Err(PlugError::Unfinished { id: id.clone(), whose, cause: message })
+    }
+
+    async fn detach_and_forget(&self, id: &Name, spec: &PlugSpec) -> Result<(), Fault> {
+        self.steps.detach(id, spec, self.table.detached(id)).await?;
         self.store.delete(id).await?;
         self.table.remove(id);
         Ok(())
+    }
+
+    fn unplugged(&self, id: &Name) {
+        tracing::info!(plug = %id, "unplugged");
+        self.events.publish(EventKind::Unplugged, Some(id.as_str()), "");
+    }
+
+    /// Notes why a plug is not finished, and tells once a reason, not once an attempt.
+    fn failed(&self, id: &Name, fault: Fault) {
+        let message = fault.message.clone();
+        if self.table.failed(id, fault) {
+            tracing::warn!(plug = %id, "{message}; will try again");
+            self.events.publish(EventKind::Failed, Some(id.as_str()), message);
+        }
     }
 }

@@ -34,7 +34,8 @@ fn a_tap_keeps_its_number_through_a_kill() {
     let place = Place::default();
     let daemon = place.serve();
     // A namespace goes with its last process: hold it while the daemon is away.
-    let mut holder = daemon.command_inside(&["sleep", "600"]).spawn().unwrap();
+    let mut holder =
+        daemon.command_inside(&["setpriv", "--pdeathsig", "KILL", "sleep", "600"]).spawn().unwrap();
     place.vhostd(&["plug", "up", "--to", "bridge:br0"]).ok();
     let before = daemon.link("vhd-up");
     daemon.kill();
@@ -44,6 +45,34 @@ fn a_tap_keeps_its_number_through_a_kill() {
     assert_eq!((&link["ifindex"], &link["master"]), (&before["ifindex"], &json!("br0")));
     place.vhostd(&["unplug", "up"]).ok();
     assert_eq!((after.link("vhd-up"), after.link("br0")), (Value::Null, Value::Null));
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+}
+
+#[test]
+fn an_unplug_that_fails_is_finished_by_the_next_start() {
+    let place = Place::default();
+    let daemon = place.serve();
+    let mut holder =
+        daemon.command_inside(&["setpriv", "--pdeathsig", "KILL", "sleep", "600"]).spawn().unwrap();
+    place.vhostd(&["plug", "up", "--to", "bridge:br0"]).ok();
+    daemon.kill();
+    // This one can attach to the TAP, which is persistent, but not remove it.
+    let daemon = place.serve_in_powerless(holder.id());
+    assert_eq!(place.phase("up"), "forwarding");
+    for _ in 0..2 {
+        let refused = place.vhostd(&["unplug", "up"]);
+        assert_eq!(refused.code, 7, "{refused:?}");
+        assert!(refused.err.contains("tried again until it succeeds"), "{refused:?}");
+    }
+    let shown = place.vhostd(&["show", "up"]).ok().out;
+    assert!(shown.contains("being unplugged, will be tried again: cannot remove vhd-up"), "{shown}");
+    let plug = place.vhostd(&["plug", "up", "--to", "bridge:br1"]);
+    assert_eq!(plug.code, 7, "the old one is in the way: {plug:?}");
+    daemon.kill();
+    let daemon = place.serve_in(holder.id());
+    assert_eq!(place.http("GET", "/v1/plugs", "").json(), json!([]));
+    assert_eq!((daemon.link("vhd-up"), daemon.link("br0")), (Value::Null, Value::Null));
     holder.kill().unwrap();
     holder.wait().unwrap();
 }

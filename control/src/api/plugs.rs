@@ -144,6 +144,10 @@ impl From<PlugError> for Problem {
                 Whose::Vhostd => Self::new(Kind::Internal, detail),
                 Whose::Host | Whose::FrontEnd => Self::new(Kind::Precondition, detail),
             },
+            PlugError::Unfinished { id, whose, .. } => {
+                let kind = if whose == Whose::Vhostd { Kind::Internal } else { Kind::Precondition };
+                Self::new(kind, detail).hint(format!("`vhostd show {id}` says how it stands"))
+            }
             PlugError::NotFound(_) => Self::new(Kind::NotFound, detail),
             PlugError::Waiting { .. } => {
                 Self::new(Kind::Timeout, detail).hint("the plug stays; wait for it again, or unplug it")

@@ -125,21 +125,13 @@ impl Steps {
         Self { dataplane, host, rules, bridges: tokio::sync::Mutex::default() }
     }
 
-    /// Takes every step, or none: a failure undoes what came before. The host's part stays if the plug was wanted
-    /// before, because a TAP that is in a bridge must never be made anew.
-    pub(super) async fn attach(
-        &self,
-        id: &Name,
-        spec: &PlugSpec,
-        wanted_before: bool,
-    ) -> Result<Vec<PortId>, StepError> {
+    /// Takes every step. A failure takes back the ports; the host's part stays, because the plug may be wanted still, and
+    /// a TAP that is in a bridge must never be made anew: whoever gives the plug up detaches it.
+    pub(super) async fn attach(&self, id: &Name, spec: &PlugSpec) -> Result<Vec<PortId>, StepError> {
         let mut ports = Vec::new();
         let attached = self.attach_all(id, spec, &mut ports).await;
         let Err(error) = attached else { return Ok(ports) };
         self.remove_ports(ports).await;
-        if !wanted_before && let Err(undo) = self.remove_host_side(id, spec).await {
-            tracing::warn!(plug = %id, "cannot undo: {undo}");
-        }
         Err(error)
     }
 

@@ -1,6 +1,6 @@
 //! Which plugs there are, and whether another may be.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use dataplane::PortId;
@@ -19,6 +19,8 @@ const PLUGS_MAX: usize = 4096;
 pub(super) struct Table {
     entries: Mutex<BTreeMap<Name, Entry>>,
     turns: Mutex<HashMap<Name, Weak<tokio::sync::Mutex<()>>>>,
+    /// Plugs that something in the background goes on with.
+    retrying: Mutex<HashSet<Name>>,
 }
 
 struct Entry {
@@ -29,7 +31,7 @@ struct Entry {
 }
 
 /// Why the last attempt failed.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Fault {
     pub(super) whose: Whose,
     pub(super) message: String,
@@ -50,7 +52,7 @@ impl Table {
     pub(super) fn new(records: Vec<(Name, Record)>) -> Self {
         let entry = |record| Entry { record, ports: None, fault: None };
         let entries = records.into_iter().map(|(id, record)| (id, entry(record))).collect();
-        Self { entries: Mutex::new(entries), turns: Mutex::default() }
+        Self { entries: Mutex::new(entries), turns: Mutex::default(), retrying: Mutex::default() }
     }
 
     fn entries(&self) -> MutexGuard<'_, BTreeMap<Name, Entry>> {
@@ -103,16 +105,40 @@ impl Table {
         self.change(id, |entry| (entry.ports, entry.fault) = (Some(ports), None));
     }
 
-    pub(super) fn detached(&self, id: &Name) {
-        self.change(id, |entry| entry.ports = None);
+    /// The ports that it had.
+    pub(super) fn detached(&self, id: &Name) -> Vec<PortId> {
+        self.entries().get_mut(id).and_then(|entry| entry.ports.take()).unwrap_or_default()
     }
 
     pub(super) fn unplugging(&self, id: &Name) {
-        self.change(id, |entry| entry.record.intent = Intent::Unplugged);
+        self.change(id, |entry| {
+            if std::mem::replace(&mut entry.record.intent, Intent::Unplugged) == Intent::Plugged {
+                entry.fault = None;
+            }
+        });
     }
 
-    pub(super) fn failed(&self, id: &Name, whose: Whose, message: String) {
-        self.change(id, |entry| entry.fault = Some(Fault { whose, message }));
+    /// True if it failed for another reason, or for none, before.
+    pub(super) fn failed(&self, id: &Name, fault: Fault) -> bool {
+        let mut entries = self.entries();
+        let Some(entry) = entries.get_mut(id) else { return false };
+        let fault = Some(fault);
+        let news = entry.fault != fault;
+        entry.fault = fault;
+        news
+    }
+
+    /// False if something goes on with it already. Both ends hold the plug's turn, so that neither misses the other.
+    pub(super) fn begin_retrying(&self, id: &Name) -> bool {
+        self.retrying().insert(id.clone())
+    }
+
+    pub(super) fn end_retrying(&self, id: &Name) {
+        self.retrying().remove(id);
+    }
+
+    fn retrying(&self) -> MutexGuard<'_, HashSet<Name>> {
+        self.retrying.lock().expect("no holder of this lock panics")
     }
 
     fn change(&self, id: &Name, change: impl FnOnce(&mut Entry)) {

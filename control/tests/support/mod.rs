@@ -53,12 +53,22 @@ impl Place {
 
     /// Starts a daemon in a network namespace of its own.
     pub fn spawn(&self, args: &[&str]) -> Daemon {
-        self.spawn_by(&["unshare", "--net"], "--map-root-user", args)
+        self.spawn_by(&["unshare", "--net"], "--map-root-user", &[], args)
     }
 
     /// Starts a daemon in the network namespace of a process, and returns when every stored plug has been tried.
     pub fn serve_in(&self, pid: u32) -> Daemon {
-        let daemon = self.spawn_by(&["nsenter", "--net", "--target", &pid.to_string()], "--user", &[]);
+        self.serve_in_by(pid, &[])
+    }
+
+    /// The same, for a daemon that may not change the namespace's network.
+    pub fn serve_in_powerless(&self, pid: u32) -> Daemon {
+        self.serve_in_by(pid, &["setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin"])
+    }
+
+    fn serve_in_by(&self, pid: u32, inside: &[&str]) -> Daemon {
+        let enter = ["nsenter", "--net", "--target", &pid.to_string()];
+        let daemon = self.spawn_by(&enter, "--user", inside, &[]);
         self.until_ready();
         daemon
     }
@@ -67,18 +77,18 @@ impl Place {
     pub fn spawn_as_service(&self, watchdog: Duration) -> Daemon {
         let notify = format!("NOTIFY_SOCKET={}", self.path("notify").display());
         let watchdog = format!("WATCHDOG_USEC={}", watchdog.as_micros());
-        self.spawn_by(&["env", &notify, &watchdog, "unshare", "--net"], "--map-root-user", &[])
+        self.spawn_by(&["env", &notify, &watchdog, "unshare", "--net"], "--map-root-user", &[], &[])
     }
 
     /// Starts a daemon that survives a write beyond its file size limit, and returns when it is ready.
     pub fn serve_limited(&self) -> Daemon {
         let daemon =
-            self.spawn_by(&["env", "--ignore-signal=XFSZ", "unshare", "--net"], "--map-root-user", &[]);
+            self.spawn_by(&["env", "--ignore-signal=XFSZ", "unshare", "--net"], "--map-root-user", &[], &[]);
         self.until_ready();
         daemon
     }
 
-    fn spawn_by(&self, wrapper: &[&str], for_ordinary_users: &str, args: &[&str]) -> Daemon {
+    fn spawn_by(&self, wrapper: &[&str], for_ordinary_users: &str, inside: &[&str], args: &[&str]) -> Daemon {
         let log = self.path("log");
         let output = std::fs::File::options().create(true).append(true).open(&log).unwrap();
         let mut command = Command::new("setpriv");
@@ -86,7 +96,7 @@ impl Place {
         if !rustix::process::geteuid().is_root() {
             command.arg(for_ordinary_users);
         }
-        command.arg(VHOSTD).arg("--api").arg(self.api()).arg("serve");
+        command.args(inside).arg(VHOSTD).arg("--api").arg(self.api()).arg("serve");
         if !args.contains(&"--state-dir") {
             command.arg("--state-dir").arg(self.path("state"));
         }
