@@ -5,8 +5,8 @@
 #![forbid(unsafe_code)]
 #![allow(missing_docs)]
 
-use benches::backend::{Backend, serve};
-use benches::pair::Pair;
+use benches::backend::{Backend, Kind, Shape, serve_if_asked};
+use benches::traffic::{Guests, Traffic};
 use benches::{FRONTEND_CPU, pin};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use dataplane::light::LightConfig;
@@ -15,22 +15,20 @@ fn forward(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("forward");
     group.throughput(Throughput::Elements(1));
     for len in [64, 512, 1500] {
-        let backend = Backend::vhostd().expect("a back end");
-        let [a, b] = backend.sockets();
-        let mut pair = Pair::connect([&a, &b], &LightConfig::default(), len).expect("front ends");
+        let shape = Shape { ports: 2, frame_max: len, huge_pages: false };
+        let backend = Backend::start(Kind::Vhostd, &shape).expect("a back end");
+        let guests = Guests::connect(&backend.sockets(), &LightConfig::default(), &Traffic::of(len));
+        let mut guests = guests.expect("front ends");
         group.bench_function(BenchmarkId::new("split", len), |bencher| {
-            bencher.iter_custom(|frames| pair.deliver(frames));
+            bencher.iter_custom(|frames| guests.deliver(frames));
         });
     }
     group.finish();
 }
 
 fn main() {
-    let args: Vec<String> = std::env::args().collect();
-    if let [_, flag, dir] = &args[..]
-        && flag == "--vhostd"
-    {
-        return serve(dir.as_ref()).expect("serving");
+    if let Some(served) = serve_if_asked() {
+        return served.expect("serving");
     }
     pin(FRONTEND_CPU);
     let mut criterion = Criterion::default().configure_from_args();

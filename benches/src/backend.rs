@@ -1,133 +1,178 @@
-//! Back ends with two vhost-user ports that forward between them.
+//! Back ends: processes with vhost-user ports that forward between them.
+//!
+//! Each lives in a directory of its own, where its sockets are, and dies with the thread that started it, however that ends.
 
+mod ourselves;
+mod ovs;
+mod testpmd;
+
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use dataplane::{Config, Dataplane, Link, Poll, PortSpec};
 use tempfile::TempDir;
 
-use crate::BACKEND_CPU;
-use crate::limit::LimitPort;
+pub use ourselves::serve_if_asked;
 
 /// How long a back end may take until its sockets are there.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// A back end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub enum Kind {
+    /// vhostd's dataplane: a learning switch with every check, one worker that polls for ever.
+    Vhostd,
+    /// The same, but the worker sleeps when there is nothing to do: the daemon's default.
+    VhostdAdaptive,
+    /// `dpdk-testpmd` in io mode: it passes every frame from one of two ports to the other and looks at none.
+    Dpdk,
+    /// The bare loop between two ports ([`vring::limit`]): one copy a frame and nothing else.
+    Limit,
+    /// OVS-DPDK as a learning switch.
+    Ovs,
+    /// OVS-DPDK with one rule each way between two ports.
+    OvsFlows,
+}
+
+impl Kind {
+    /// As it is called in tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Vhostd => "vhostd",
+            Self::VhostdAdaptive => "adaptive",
+            Self::Dpdk => "DPDK io",
+            Self::Limit => "limit",
+            Self::Ovs => "OVS NORMAL",
+            Self::OvsFlows => "OVS flows",
+        }
+    }
+
+    /// Ports that it can have.
+    pub fn ports_max(self) -> usize {
+        match self {
+            Self::Dpdk | Self::Limit | Self::OvsFlows => 2,
+            Self::Vhostd | Self::VhostdAdaptive | Self::Ovs => 32,
+        }
+    }
+
+    /// What has to be installed for it, if it is not.
+    pub fn missing(self) -> Option<&'static str> {
+        let there = |file: &str| Path::new(file).exists();
+        match self {
+            Self::Dpdk => (!there("/usr/bin/dpdk-testpmd")).then_some("apt-get install dpdk-dev"),
+            Self::Ovs | Self::OvsFlows => {
+                (!there(ovs::SWITCH)).then_some("apt-get install openvswitch-switch-dpdk")
+            }
+            Self::Vhostd | Self::VhostdAdaptive | Self::Limit => None,
+        }
+    }
+}
+
+/// How a back end is to be.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// How many ports.
+    pub ports: usize,
+    /// The longest frame that will come.
+    pub frame_max: usize,
+    /// Use huge pages (DPDK and OVS; the others have no buffers of their own).
+    pub huge_pages: bool,
+}
+
 /// A running back end; ended when dropped.
 pub struct Backend {
-    child: Child,
+    kind: Kind,
+    children: Vec<Child>,
     dir: TempDir,
+    ports: usize,
 }
 
 impl Backend {
-    /// vhostd's dataplane: a learning switch with every check, busy polling, one worker. It is the calling program
-    /// itself, started again with `--backend DIR`, for which its `main` must call [`serve`].
-    pub fn vhostd() -> Result<Self> {
-        Self::ourselves("--vhostd")
-    }
-
-    /// The bare loop ([`vring::limit`]): one copy a frame and nothing else.
-    pub fn limit() -> Result<Self> {
-        Self::ourselves("--limit")
-    }
-
-    fn ourselves(kind: &str) -> Result<Self> {
-        let dir = TempDir::new()?;
-        let child = Command::new(std::env::current_exe()?)
-            .arg(kind)
-            .arg(dir.path())
-            .stdin(Stdio::piped())
-            .spawn()
-            .context("starting ourselves as back end")?;
-        Self { child, dir }.ready()
-    }
-
-    /// `dpdk-testpmd` with two vhost ports in io mode: it passes every frame from one port to the other and looks at none.
-    pub fn testpmd() -> Result<Self> {
-        let dir = TempDir::new()?;
-        let vdev =
-            |n: usize| format!("--vdev=net_vhost{n},iface={},queues=1", dir.path().join(NAMES[n]).display());
-        let child = Command::new("dpdk-testpmd")
-            .args([
-                "--no-pci",
-                "--no-huge",
-                "--no-shconf",
-                "--no-telemetry",
-                "-m",
-                "512",
-                "--log-level=error",
-            ])
-            .args([format!("--lcores=1@{},0@{BACKEND_CPU}", crate::FRONTEND_CPU), "--main-lcore=1".into()])
-            .args([vdev(0), vdev(1)])
-            .args(["--", "--forward-mode=io", "--auto-start", "--burst=32", "-i", "--total-num-mbufs=16384"])
-            .env("XDG_RUNTIME_DIR", dir.path())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .context("starting dpdk-testpmd (apt-get install dpdk)")?;
-        Self { child, dir }.ready()
-    }
-
-    /// Its two sockets.
-    pub fn sockets(&self) -> [PathBuf; 2] {
-        NAMES.map(|name| self.dir.path().join(name))
-    }
-
-    fn ready(mut self) -> Result<Self> {
-        let start = Instant::now();
-        while !self.sockets().iter().all(|socket| socket.exists()) {
-            if let Some(status) = self.child.try_wait()? {
-                bail!("the back end ended at once: {status}");
+    /// Starts one and waits for its sockets.
+    pub fn start(kind: Kind, shape: &Shape) -> Result<Self> {
+        let mut backend =
+            Self { kind, children: Vec::new(), dir: TempDir::with_prefix("bench-")?, ports: shape.ports };
+        match kind {
+            Kind::Vhostd | Kind::VhostdAdaptive | Kind::Limit => {
+                let child = ourselves::command(kind, backend.dir.path(), shape)?;
+                backend.spawn(child)?;
             }
-            if start.elapsed() > START_TIMEOUT {
-                bail!("the back end made no sockets in {START_TIMEOUT:?}");
-            }
-            std::thread::sleep(Duration::from_millis(10));
+            Kind::Dpdk => backend.spawn(testpmd::command(backend.dir.path(), shape))?,
+            Kind::Ovs | Kind::OvsFlows => ovs::start(&mut backend, shape)?,
         }
-        Ok(self)
+        backend.wait_for(&backend.sockets())?;
+        if kind == Kind::OvsFlows {
+            ovs::add_flows(backend.dir.path())?;
+        }
+        Ok(backend)
+    }
+
+    /// Its sockets, one a port.
+    pub fn sockets(&self) -> Vec<PathBuf> {
+        (0..self.ports).map(|n| socket(self.dir.path(), n)).collect()
+    }
+
+    /// An error if it has ended.
+    pub fn check(&mut self) -> Result<()> {
+        for child in &mut self.children {
+            if let Some(status) = child.try_wait()? {
+                bail!("the back end {} ended: {status}", self.kind.name());
+            }
+        }
+        Ok(())
+    }
+
+    /// Processor time that it has had so far.
+    pub fn cpu_time(&self) -> Duration {
+        let ticks = self.children.iter().filter_map(|child| ticks(child.id())).sum::<u64>();
+        Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
+    }
+
+    fn spawn(&mut self, mut command: Command) -> Result<()> {
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).env("XDG_RUNTIME_DIR", self.dir.path());
+        let child = command.spawn().with_context(|| format!("starting {}", self.kind.name()))?;
+        self.children.push(child);
+        Ok(())
+    }
+
+    fn wait_for(&mut self, sockets: &[PathBuf]) -> Result<()> {
+        let start = Instant::now();
+        while !sockets.iter().all(|socket| socket.exists()) {
+            self.check()?;
+            if start.elapsed() > START_TIMEOUT {
+                bail!("the back end {} made no sockets in {START_TIMEOUT:?}", self.kind.name());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
     }
 }
 
 impl Drop for Backend {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        for child in self.children.iter_mut().rev() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
 }
 
-const NAMES: [&str; 2] = ["a", "b"];
-
-/// Serves two ports in `dir` by the bare loop until it is killed.
-pub fn serve_limit(dir: &Path) -> Result<()> {
-    let sessions = vhost_user::Sessions::start(vhost_user::Limits::default(), Box::new(|_, _| {}))?;
-    let ports = [LimitPort::default(), LimitPort::default()];
-    for (name, port) in NAMES.iter().zip(&ports) {
-        sessions.add(vhost_user::Endpoint::listen(dir.join(name)), Box::new(port.clone()))?;
-    }
-    crate::pin(BACKEND_CPU);
-    loop {
-        ports[0].forward(&ports[1]);
-        ports[1].forward(&ports[0]);
-    }
+/// A program that the kernel kills when the thread that started it ends.
+pub fn bound(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]).arg(program);
+    command
 }
 
-/// Serves two ports in `dir` by vhostd's dataplane until standard input ends.
-pub fn serve(dir: &Path) -> Result<()> {
-    let config = Config {
-        cpus: vec![BACKEND_CPU],
-        poll: Poll::Busy,
-        ageing: Duration::from_secs(300),
-        fdb_port_max: 256,
-        on_event: Box::new(|_| {}),
-    };
-    let plane = Dataplane::start(config)?;
-    for name in NAMES {
-        let endpoint = vhost_user::Endpoint::listen(dir.join(name));
-        let link = Link::VhostUser { endpoint, mac: None, queue_pairs: 1 };
-        plane.add_port(PortSpec { name: name.into(), network: "bench".into(), mtu: 9216, link })?;
-    }
-    std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
-    Ok(())
+/// Processor time of a process, user and system (proc(5), /proc/pid/stat: fields 14 and 15, the second may have spaces).
+fn ticks(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let mut fields = stat.rsplit(')').next()?.split_whitespace().skip(11);
+    Some(fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?)
+}
+
+fn socket(dir: &Path, port: usize) -> PathBuf {
+    dir.join(format!("p{port}"))
 }

@@ -1,13 +1,16 @@
-//! What the benches share: pairs of light front ends, and back ends to hold them against.
+//! What the benches share: back ends to hold against each other, light front ends with their traffic, and figures.
 //!
 //! Every back end is a process of its own, pinned to [`BACKEND_CPU`]; the front ends run on [`FRONTEND_CPU`]. A light front
 //! end gives used buffers back without looking at them, so the rate is the back end's, as long as that is not faster than
-//! about 70 million frames a second.
+//! about 100 million frames a second.
 #![forbid(unsafe_code)]
 
 pub mod backend;
+pub mod figures;
 mod limit;
-pub mod pair;
+pub mod machine;
+pub mod plot;
+pub mod traffic;
 
 /// Where the back end forwards.
 pub const BACKEND_CPU: usize = 0;

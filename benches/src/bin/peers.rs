@@ -1,105 +1,286 @@
-//! The same traffic through vhostd and through DPDK's vhost library, side by side.
+//! The same traffic through vhostd and through its peers, side by side.
 //!
-//! Two light front ends on one core, the back end on another; frames of both directions added up. Rounds alternate, since
-//! machines drift; medians and the ratio round by round are what counts. vhostd is a learning switch, DPDK's testpmd
-//! passes frames on without a look.
+//! Light front ends on one core, the back end on another; frames of all directions added up. Rounds alternate between back
+//! ends, since machines drift; medians and the ratios round by round are what counts. vhostd and OVS NORMAL are learning
+//! switches, OVS flows has a rule each way, DPDK's testpmd passes frames on without a look, and the bare loop is what one
+//! copy a frame costs. The bare loop knows split rings only.
 //!
-//! `cargo run --release -p benches --bin peers [-- --rounds N --seconds S --no-merge --json]`; with `--no-merge` the front
-//! ends do not negotiate mergeable buffers.
+//! `cargo run --release -p benches --bin peers -- --help`
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use benches::backend::{Backend, serve, serve_limit};
-use benches::pair::Pair;
+use benches::backend::{Backend, Kind, Shape, serve_if_asked};
+use benches::figures::Spread;
+use benches::machine::Machine;
+use benches::plot::BarChart;
+use benches::traffic::{Guests, Traffic};
 use benches::{FRONTEND_CPU, pin};
+use clap::{Parser, ValueEnum};
 use dataplane::light::LightConfig;
 use serde::Serialize;
+use vring::features;
 
-const LENGTHS: [usize; 3] = [64, 512, 1500];
+const LENGTHS: [usize; 7] = [64, 128, 256, 512, 1024, 1500, 9000];
+const KINDS: [Kind; 5] = [Kind::Vhostd, Kind::Dpdk, Kind::Limit, Kind::Ovs, Kind::OvsFlows];
 const WARM_UP: Duration = Duration::from_millis(200);
+/// For a case in which switches that learn slowly have many addresses to learn.
+const WARM_UP_LEARNING: Duration = Duration::from_secs(2);
 
+/// The same traffic through vhostd and its peers, side by side; two to three minutes
+#[derive(Parser)]
+struct Args {
+    /// Every case; a quarter of an hour
+    #[arg(long)]
+    all: bool,
+    /// Only these parts of the matrix
+    #[arg(long, value_delimiter = ',')]
+    part: Vec<Part>,
+    /// Only these back ends
+    #[arg(long, value_delimiter = ',')]
+    backend: Vec<Kind>,
+    /// Rounds of each case
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+    rounds: u16,
+    /// Seconds that each back end is measured in a round
+    #[arg(long, default_value_t = 0.5)]
+    seconds: f64,
+    /// Write the figures to this file
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Draw them into this directory
+    #[arg(long)]
+    svg: Option<PathBuf>,
+}
+
+/// A part of the matrix: what varies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+enum Part {
+    /// Lengths of frames, between two ports
+    Lengths,
+    /// The same for guests without mergeable buffers
+    NotMergeable,
+    /// The same with packed rings
+    Packed,
+    /// Ports of a network, each sending to all others
+    Ports,
+    /// Addresses seen, all of them talking all the time
+    Stations,
+}
+
+impl Part {
+    fn title(self) -> &'static str {
+        match self {
+            Self::Lengths => "frame length, bytes",
+            Self::NotMergeable => "frame length, bytes, no mergeable buffers",
+            Self::Packed => "frame length, bytes, packed rings (limit: split)",
+            Self::Ports => "ports of a network, 64 B",
+            Self::Stations => "addresses seen, 64 B",
+        }
+    }
+}
+
+/// One row: everybody gets this.
+struct Case {
+    part: Part,
+    name: String,
+    ports: usize,
+    traffic: Traffic,
+    kinds: Vec<Kind>,
+}
+
+impl Case {
+    fn warm_up(&self) -> Duration {
+        if self.part == Part::Stations { WARM_UP_LEARNING } else { WARM_UP }
+    }
+
+    fn matrix(all: bool) -> Vec<Self> {
+        use Kind::{Dpdk, Limit, Ovs, Vhostd};
+        let mut cases = Vec::new();
+        let mut add = |part, name: String, ports, traffic, kinds: &[Kind]| {
+            cases.push(Self { part, name, ports, traffic, kinds: kinds.into() });
+        };
+        let without_ovs = [Vhostd, Dpdk, Limit];
+        for part in [Part::Lengths, Part::NotMergeable, Part::Packed] {
+            for len in LENGTHS {
+                if !all && (![64, 512, 1500].contains(&len) || part == Part::NotMergeable) {
+                    continue;
+                }
+                let with_ovs = part == Part::Lengths && (all || len != 512);
+                let kinds = if with_ovs { &KINDS[..] } else { &without_ovs };
+                add(part, len.to_string(), 2, Traffic::of(len), kinds);
+            }
+            if all || part == Part::Lengths {
+                add(part, "IMIX".into(), 2, Traffic::imix(), &without_ovs);
+            }
+        }
+        let ports: &[usize] = if all { &[2, 8, 32] } else { &[8] };
+        for ports in ports {
+            add(Part::Ports, ports.to_string(), *ports, Traffic::of(64), &[Vhostd, Ovs]);
+        }
+        let stations: &[u32] = if all { &[10, 1_000, 100_000] } else { &[1_000] };
+        for stations in stations {
+            let kinds = if all { &KINDS[..] } else { &[Vhostd, Dpdk, Ovs] };
+            let traffic = Traffic::of(64).with_stations(*stations);
+            add(Part::Stations, stations.to_string(), 2, traffic, kinds);
+        }
+        cases
+    }
+}
+
+/// What a case gave.
 #[derive(Serialize)]
 struct Row {
-    frame_bytes: usize,
-    vhostd_mpps: Spread,
-    dpdk_mpps: Spread,
-    ratio: Spread,
+    part: Part,
+    case: String,
+    ports: usize,
+    /// Rounds in which other programs took processor time, of any back end.
+    disturbed: u32,
+    /// By back end.
+    mframes_per_second: BTreeMap<&'static str, Spread>,
+    vhostd_to_dpdk: Option<Spread>,
+    vhostd_to_limit: Option<Spread>,
 }
 
-/// Smallest, median, largest.
 #[derive(Serialize)]
-struct Spread {
-    min: f64,
-    median: f64,
-    max: f64,
-}
-
-impl Spread {
-    fn of(mut values: Vec<f64>) -> Self {
-        values.sort_by(f64::total_cmp);
-        Self { min: values[0], median: values[values.len() / 2], max: values[values.len() - 1] }
-    }
-}
-
-impl std::fmt::Display for Spread {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:6.2} ({:5.2}..{:5.2})", self.median, self.min, self.max)
-    }
+struct Report<'a> {
+    machine: &'a Machine,
+    rounds: u16,
+    seconds: f64,
+    rows: &'a [Row],
 }
 
 fn main() -> Result<()> {
-    let args: Vec<String> = std::env::args().skip(1).collect();
-    let value = |name: &str| args.iter().position(|a| a == name).and_then(|at| args.get(at + 1));
-    if let Some(dir) = value("--vhostd") {
-        return serve(dir.as_ref());
+    if let Some(served) = serve_if_asked() {
+        return served;
     }
-    if let Some(dir) = value("--limit") {
-        return serve_limit(dir.as_ref());
-    }
-    let number = |name: &str, default: f64| value(name).map_or(Ok(default), |v| v.parse());
-    let rounds = number("--rounds", 5.0).context("--rounds takes a number")?.max(1.0);
-    let time = Duration::from_secs_f64(number("--seconds", 1.0).context("--seconds takes a number")?);
-    let mut config = LightConfig::default();
-    if args.iter().any(|a| a == "--no-merge") {
-        config.features &= !(1 << vring::features::MRG_RXBUF);
-    }
-    let json = args.iter().any(|a| a == "--json");
+    let args = Args::parse();
+    let machine = Machine::here();
+    println!("{machine}");
+    let kinds: Vec<Kind> = KINDS.into_iter().filter(|kind| wanted(*kind, &args.backend)).collect();
+    let mut cases = Case::matrix(args.all);
+    cases.retain(|case| args.part.is_empty() || args.part.contains(&case.part));
     pin(FRONTEND_CPU);
-    let mut rows = Vec::new();
-    for frame_bytes in LENGTHS {
-        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-        for round in 0..rounds as usize {
-            eprintln!("{frame_bytes} B, round {} of {rounds}", round + 1);
-            ours.push(rate(&Backend::vhostd()?, &config, frame_bytes, time)?);
-            theirs.push(rate(&Backend::testpmd()?, &config, frame_bytes, time)?);
+    let mut rows: Vec<Row> = Vec::new();
+    let count = cases.len();
+    for (n, case) in cases.iter().enumerate() {
+        if rows.last().is_none_or(|row| row.part != case.part) {
+            print_head(case.part, &kinds);
         }
-        let ratio = ours.iter().zip(&theirs).map(|(a, b)| a / b).collect();
-        let row = Row {
-            frame_bytes,
-            vhostd_mpps: Spread::of(ours),
-            dpdk_mpps: Spread::of(theirs),
-            ratio: Spread::of(ratio),
-        };
+        if std::io::stderr().is_terminal() {
+            eprint!("case {} of {count}\r", n + 1);
+        }
+        let row = measure(case, &kinds, &args, machine.huge_pages)?;
+        print_row(&row, &kinds);
         rows.push(row);
     }
-    if json {
-        println!("{}", serde_json::to_string_pretty(&rows)?);
-        return Ok(());
+    if let Some(file) = &args.json {
+        let report = Report { machine: &machine, rounds: args.rounds, seconds: args.seconds, rows: &rows };
+        std::fs::write(file, serde_json::to_string_pretty(&report)? + "\n")
+            .with_context(|| format!("writing {}", file.display()))?;
     }
-    println!("{:>8}  {:>22}  {:>22}  {:>22}", "bytes", "vhostd Mframes/s", "DPDK Mframes/s", "ratio");
-    for row in rows {
-        let (ours, theirs) = (row.vhostd_mpps.to_string(), row.dpdk_mpps.to_string());
-        println!("{:>8}  {ours:>22}  {theirs:>22}  {:>22}", row.frame_bytes, row.ratio.to_string());
-    }
-    Ok(())
+    args.svg.as_ref().map_or(Ok(()), |dir| draw(dir, &rows, &kinds))
 }
 
-/// Millions of frames a second through a back end.
-fn rate(backend: &Backend, config: &LightConfig, frame_bytes: usize, time: Duration) -> Result<f64> {
-    let [a, b] = backend.sockets();
-    let mut pair = Pair::connect([&a, &b], config, frame_bytes)?;
-    pair.rate(WARM_UP)?;
-    Ok(pair.rate(time)? / 1e6)
+/// Whether a back end is asked for, and there.
+fn wanted(kind: Kind, asked: &[Kind]) -> bool {
+    if !asked.is_empty() && !asked.contains(&kind) {
+        return false;
+    }
+    if let Some(way_out) = kind.missing() {
+        println!("{} is not installed and left out: {way_out}", kind.name());
+        return false;
+    }
+    true
+}
+
+/// What the front ends of a case take, if offered.
+fn config(part: Part, kind: Kind) -> LightConfig {
+    let mut config = LightConfig::default();
+    if part == Part::NotMergeable {
+        config.features &= !(1 << features::MRG_RXBUF);
+    }
+    if part == Part::Packed && kind != Kind::Limit {
+        config.features |= 1 << features::RING_PACKED;
+    }
+    config
+}
+
+/// All rounds of one case.
+fn measure(case: &Case, kinds: &[Kind], args: &Args, huge_pages: bool) -> Result<Row> {
+    let time = Duration::from_secs_f64(args.seconds);
+    let shape = Shape { ports: case.ports, frame_max: case.traffic.longest(), huge_pages };
+    let mut figures: BTreeMap<Kind, Vec<f64>> = BTreeMap::new();
+    let mut disturbed = 0;
+    for _ in 0..args.rounds {
+        for kind in kinds.iter().copied().filter(|kind| case.kinds.contains(kind)) {
+            let (rate, disturbance) = rate(kind, &shape, case, time)
+                .with_context(|| format!("{}, {}: {}", case.part.title(), case.name, kind.name()))?;
+            disturbed += u32::from(disturbance);
+            figures.entry(kind).or_default().push(rate);
+        }
+    }
+    let ratio = |to: Kind| Spread::of_ratios(figures.get(&Kind::Vhostd)?, figures.get(&to)?);
+    Ok(Row {
+        part: case.part,
+        case: case.name.clone(),
+        ports: case.ports,
+        disturbed,
+        vhostd_to_dpdk: ratio(Kind::Dpdk),
+        vhostd_to_limit: ratio(Kind::Limit),
+        mframes_per_second: figures.iter().filter_map(|(k, v)| Some((k.name(), Spread::of(v)?))).collect(),
+    })
+}
+
+/// Millions of frames a second through a back end of its own, and whether other programs took part in that.
+fn rate(kind: Kind, shape: &Shape, case: &Case, time: Duration) -> Result<(f64, bool)> {
+    let mut backend = Backend::start(kind, shape)?;
+    let mut guests = Guests::connect(&backend.sockets(), &config(case.part, kind), &case.traffic)?;
+    guests.warm_up(case.warm_up())?;
+    let (rate, disturbed) = guests.undisturbed_rate(&mut backend, time)?;
+    Ok((rate / 1e6, disturbed))
+}
+
+fn print_head(part: Part, kinds: &[Kind]) {
+    println!("\n{}; millions of frames a second, median and half the spread", part.title());
+    let columns = kinds.iter().map(|kind| kind.name()).chain(["vhostd/DPDK", "vhostd/limit"]);
+    println!("{:>8}{}", "", columns.map(|name| format!("{name:>14}")).collect::<String>());
+}
+
+fn print_row(row: &Row, kinds: &[Kind]) {
+    let figures = kinds.iter().map(|kind| row.mframes_per_second.get(kind.name()).copied());
+    let columns = figures.chain([row.vhostd_to_dpdk, row.vhostd_to_limit]);
+    let cell = |spread: Option<Spread>| spread.map_or_else(|| format!("{:>14}", "-"), |s| format!("{s:>14}"));
+    let disturbed = if row.disturbed == 0 { "" } else { "  disturbed by other programs" };
+    println!("{:>8}{}{disturbed}", row.case, columns.map(cell).collect::<String>());
+}
+
+/// A chart for each part.
+fn draw(dir: &Path, rows: &[Row], kinds: &[Kind]) -> Result<()> {
+    std::fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
+    for part in Part::value_variants() {
+        let rows: Vec<&Row> = rows.iter().filter(|row| row.part == *part).collect();
+        if rows.is_empty() {
+            continue;
+        }
+        let values = |row: &Row| {
+            let median = |kind: &Kind| row.mframes_per_second.get(kind.name()).map(|spread| spread.median);
+            kinds.iter().map(median).collect()
+        };
+        let chart = BarChart {
+            title: part.title().into(),
+            unit: "millions of frames a second".into(),
+            series: kinds.iter().map(|kind| kind.name().into()).collect(),
+            groups: rows.iter().map(|row| (row.case.clone(), values(row))).collect(),
+        };
+        let name = part.to_possible_value().context("every part has a name")?;
+        let file = dir.join(format!("{}.svg", name.get_name()));
+        std::fs::write(&file, chart.to_svg()).with_context(|| format!("writing {}", file.display()))?;
+    }
+    Ok(())
 }
