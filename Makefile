@@ -42,6 +42,7 @@ bench:
 	cargo build --release -p vhostd -p benches
 	$(CARGO_TARGET_DIR)/release/footprint
 	$(CARGO_TARGET_DIR)/release/peers
+	$(CARGO_TARGET_DIR)/release/virtio_user
 
 lint:
 	tests/setup.sh build lint

@@ -4,7 +4,7 @@
 
 mod ourselves;
 mod ovs;
-mod testpmd;
+pub mod testpmd;
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -126,8 +126,7 @@ impl Backend {
 
     /// Processor time that it has had so far.
     pub fn cpu_time(&self) -> Duration {
-        let ticks = self.children.iter().filter_map(|child| ticks(child.id())).sum::<u64>();
-        Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
+        self.children.iter().map(|child| cpu_time(child.id())).sum()
     }
 
     fn spawn(&mut self, mut command: Command) -> Result<()> {
@@ -166,11 +165,13 @@ pub fn bound(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
-/// Processor time of a process, user and system (proc(5), /proc/pid/stat: fields 14 and 15, the second may have spaces).
-fn ticks(pid: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let mut fields = stat.rsplit(')').next()?.split_whitespace().skip(11);
-    Some(fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?)
+/// Processor time of a process so far, in user and in system mode (proc(5), /proc/pid/stat: fields 14 and 15; the second
+/// may have spaces in it). None if it has ended.
+pub fn cpu_time(pid: u32) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace().skip(11).take(2);
+    let ticks: u64 = fields.filter_map(|field| field.parse::<u64>().ok()).sum();
+    Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
 }
 
 fn socket(dir: &Path, port: usize) -> PathBuf {

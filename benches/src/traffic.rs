@@ -17,9 +17,9 @@ const BUFFER: usize = 2048;
 const FIRST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Part of a core that front ends and back end, who all poll, have at least when nobody disturbs them.
-const BUSY: f64 = 0.95;
+pub const BUSY: f64 = 0.95;
 /// How often a figure is taken before a disturbed one will do.
-const TRIES: u32 = 5;
+pub const TRIES: u32 = 5;
 
 /// What the front ends send: to all others in turn, and so do their addresses.
 #[derive(Clone, Debug)]
