@@ -2,7 +2,8 @@
 #
 #   demo    two QEMU guests and the host on one network, ten minutes from a fresh clone
 #   test    all tests
-#   soak    the end-to-end tests with the full counts where `test` runs a part of them, Miri, half an hour a fuzz target
+#   soak    the tests from outside with the full counts where `test` runs a part of them, those of changing and vanishing
+#           memory under AddressSanitizer, Miri, half an hour a fuzz target
 #   bench   criterion benches, start-up and memory, then the same traffic through vhostd and DPDK
 #   lint    format, clippy and docs, warnings are errors
 #
@@ -13,6 +14,9 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 # The notification protocols and the workers' mailbox, every interleaving.
 MODELS = RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=$(CARGO_TARGET_DIR)/loom \
 	cargo test -p vring -p dataplane --lib --release models
+# Accesses to memory that is not ours to access, while a guest changes what is looked at or takes it away.
+ASAN = RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=0 CARGO_TARGET_DIR=$(CARGO_TARGET_DIR)/asan \
+	cargo +nightly test --target $$(rustc -vV | sed -n 's/^host: //p') -p e2e --test hostile_race --test hostile_memory
 # Undefined behaviour in the rings' logic.
 MIRI = CARGO_TARGET_DIR=$(CARGO_TARGET_DIR)/miri cargo +nightly miri test -p vring --lib
 
@@ -32,7 +36,8 @@ test:
 soak:
 	tests/setup.sh build guest dpdk fuzz
 	cargo build --release --workspace --bins --tests
-	VHOSTD_SOAK=1 cargo test --release -p e2e
+	VHOSTD_SOAK=1 cargo test --release -p e2e -p vhost-user
+	VHOSTD_SOAK=1 $(ASAN)
 	$(MIRI)
 	tests/fuzz/run.sh 1800
 
