@@ -250,8 +250,11 @@ impl<L: Layout> DeviceRing<L> {
     }
 
     /// Its id and the slots it occupies, when it was walked or given up.
-    pub(crate) fn close(&self, mut chain: Chain) -> Result<(u16, u16), RingFault> {
+    pub(crate) fn close(&mut self, mut chain: Chain) -> Result<(u16, u16), RingFault> {
+        let walked = chain.slots;
         self.layout.end(&mut chain);
+        // Descriptors that are only passed are work, too.
+        self.walked += u32::from(chain.slots - walked);
         let size = self.layout.size();
         if chain.id < size {
             Ok((chain.id, chain.slots))

@@ -281,7 +281,8 @@ impl Layout for PackedRing {
         if descriptor.flags & (DESC_AVAIL | DESC_USED) != available_flags(at) {
             return Ok(None);
         }
-        if descriptor.next >= self.size {
+        // The id of a longer chain is in its last descriptor, and checked when that is found.
+        if descriptor.flags & DESC_NEXT == 0 && descriptor.next >= self.size {
             return Err(RingFault::Head { entry: descriptor.next, size: self.size });
         }
         Ok(Some((descriptor.next, descriptor)))
@@ -328,5 +329,131 @@ impl Layout for PackedRing {
     #[inline]
     fn calls(&self, event_idx: bool) -> impl Words {
         self.calls(event_idx)
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::notify::{arm, wanted};
+
+    /// Gives a ring in memory of its own to `test`.
+    fn with_ring(size: u16, test: impl FnOnce(&PackedRing)) {
+        let mut memory = vec![0u64; 2 * usize::from(size) + 2];
+        let base: *mut u8 = memory.as_mut_ptr().cast();
+        let events = 16 * usize::from(size);
+        let host = [0, events, events + 8].map(|offset| base.wrapping_add(offset));
+        // SAFETY: aligned to 8 as the words are, and valid for each area: the ring, and 8 bytes for either event.
+        test(&unsafe { PackedRing::from_raw(host, size) });
+    }
+
+    /// All positions of a ring, in order, beginning with the first of the first lap.
+    fn positions(size: u16) -> impl Iterator<Item = u16> + Clone {
+        [WRAP, 0].into_iter().flat_map(move |wrap| (0..size).map(move |index| wrap | index))
+    }
+
+    /// Miri is a thousand times slower.
+    const SIZES: &[u16] = if cfg!(miri) { &[1, 3] } else { &[1, 2, 3, 7, 8, 33] };
+
+    #[test]
+    fn positions_follow_each_other_for_two_laps() {
+        for &size in SIZES {
+            with_ring(size, |ring| {
+                let round = positions(size).cycle();
+                for (i, from) in positions(size).enumerate() {
+                    for (slots, to) in (0..=size).zip(round.clone().skip(i)) {
+                        assert_eq!(ring.advance(from, slots), to, "{from:#x} + {slots} of {size}");
+                    }
+                    for (distance, to) in (0..2 * u32::from(size)).zip(round.clone().skip(i)) {
+                        assert_eq!(ring.distance(from, to), distance, "{from:#x} to {to:#x} of {size}");
+                    }
+                }
+            });
+        }
+        with_ring(SIZE_MAX, |ring| {
+            assert_eq!(ring.advance(WRAP | 32_767, 1), 0);
+            assert_eq!(ring.advance(32_767, SIZE_MAX), WRAP | 32_767);
+            assert_eq!(ring.distance(WRAP, 32_767), 65_535);
+        });
+    }
+
+    /// Every wish there is, after every batch from every position: the specification's wish is to be told of one of the
+    /// descriptors that were passed, and of whatever it is if the wish makes no sense (virtio 1.2, 2.8.14).
+    #[test]
+    fn told_exactly_when_the_event_is_among_the_descriptors() {
+        for &size in SIZES {
+            with_ring(size, |ring| {
+                let outside = [size, 0x7fff, WRAP | size, 0xffff];
+                for (old, batch) in positions(size).flat_map(|old| (1..=size).map(move |batch| (old, batch)))
+                {
+                    let passed: Vec<_> = (0..batch).map(|slot| ring.advance(old, slot)).collect();
+                    let new = ring.advance(old, batch);
+                    let told = |event: u16, flags: u16, event_idx| {
+                        let word = (u32::from(event) | u32::from(flags) << 16).to_le();
+                        // SAFETY: the events of this ring, valid as its maker promised.
+                        let [driver, device] = unsafe { [&*ring.driver_event, &*ring.device_event] };
+                        driver.store(word, Ordering::Relaxed);
+                        let called = wanted(&ring.calls(event_idx), old, new);
+                        driver.store(!word, Ordering::Relaxed);
+                        device.store(word, Ordering::Relaxed);
+                        assert_eq!(wanted(&ring.kicks(event_idx), old, new), called, "both ways alike");
+                        called
+                    };
+                    for event in positions(size) {
+                        assert_eq!(
+                            told(event, EVENT_DESC, true),
+                            passed.contains(&event),
+                            "{event:#x} {old:#x} + {batch} of {size}"
+                        );
+                        assert!(!told(event, EVENT_DISABLE, true) && !told(event, EVENT_DISABLE, false));
+                        assert!(told(event, EVENT_ENABLE, true) && told(event, EVENT_ENABLE, false));
+                        // Reserved: 3, and 2 if it was not negotiated. Bits beyond mean nothing.
+                        assert!(
+                            told(event, 3, true) && told(event, 3, false) && told(event, EVENT_DESC, false)
+                        );
+                        assert!(!told(event, EVENT_DISABLE | 0xfffc, true));
+                    }
+                    assert!(outside.iter().all(|event| told(*event, EVENT_DESC, true)));
+                }
+            });
+        }
+    }
+
+    /// Where the words are and what they say: virtio 1.2, 2.8.13 and 2.8.14.
+    #[test]
+    fn words_of_each_direction() {
+        with_ring(4, |ring| {
+            let words = |ring: &PackedRing| {
+                // SAFETY: the events of this ring, valid as its maker promised.
+                let events = unsafe { [&*ring.driver_event, &*ring.device_event] };
+                events.map(|event| event.load(Ordering::Relaxed).to_ne_bytes())
+            };
+            assert!(arm(&ring.kicks(true), WRAP | 2) && arm(&ring.calls(true), WRAP | 3));
+            assert_eq!(words(ring), [[3, 0x80, 2, 0], [2, 0x80, 2, 0]]);
+            assert!(arm(&ring.kicks(false), WRAP | 2) && arm(&ring.calls(false), WRAP | 1));
+            assert_eq!(words(ring), [[1, 0x80, 0, 0], [2, 0x80, 0, 0]]);
+            crate::notify::disarm(&ring.kicks(true));
+            assert_eq!(words(ring), [[1, 0x80, 0, 0], [0, 0, 1, 0]]);
+            // Whose a descriptor is decides who finds it there.
+            for (flags, kick, call) in [
+                (0, false, false),
+                (DESC_AVAIL, true, false),
+                (DESC_USED, false, false),
+                (DESC_AVAIL | DESC_USED, false, true),
+            ] {
+                let rest = Descriptor { flags, ..Descriptor::default() }.to_packed()[1];
+                ring.set_rest(1, rest, Ordering::Relaxed);
+                assert_eq!(!arm(&ring.kicks(true), WRAP | 1), kick, "{flags:#x}");
+                assert_eq!(!arm(&ring.calls(true), WRAP | 1), call, "{flags:#x}");
+                assert_eq!(!arm(&ring.kicks(true), 1), flags == DESC_USED, "{flags:#x} in the other lap");
+                assert_eq!(!arm(&ring.calls(true), 1), flags == 0, "{flags:#x} in the other lap");
+            }
+            ring.set_used(WRAP | 1, 0x0203, 0x0405_0607);
+            // SAFETY: the second word of descriptor 1.
+            let bytes = unsafe { (*ring.desc.add(3)).load(Ordering::Relaxed) }.to_ne_bytes();
+            assert_eq!(bytes, [7, 6, 5, 4, 3, 2, 0x82, 0x80]);
+            ring.set_used(1, 0x0203, 0);
+            assert_eq!(ring.descriptor(1), Descriptor { addr: 0, len: 0, flags: 0, next: 0x0203 });
+        });
     }
 }

@@ -17,8 +17,8 @@ mod plan;
 use std::io::{Read as _, Write as _};
 use std::sync::atomic::Ordering;
 
-use model::{Model, Rig, noise};
-use plan::{RingPlan, Writer};
+use model::{Model, Rig};
+use plan::{RingPlan, Writer, frame_lens, frames, parts};
 use proptest::prelude::*;
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor as ReferenceDescriptor;
@@ -26,7 +26,7 @@ use virtio_queue::mock::MockSplitQueue;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vring::driver::{Buffer, DriverRing, GUEST_BASE};
-use vring::{ChainFault, DESC_INDIRECT, DESC_NEXT, Enqueued, Frames, HEADER_LEN, features};
+use vring::{ChainFault, DESC_INDIRECT, DESC_NEXT, Enqueued, Frames, features};
 
 type Memory = GuestMemoryMmap<()>;
 type Chain<'a> = DescriptorChain<&'a Memory>;
@@ -215,25 +215,6 @@ fn offer(model: &mut Model, plan: &RingPlan, round: usize, writable: bool) -> Wr
     let flags = plan.events[round] & 1;
     model.put16(model.ring[1], flags);
     driver
-}
-
-/// A burst of frames of all lengths, header in front.
-fn frames(lens: &[usize], seed: u64) -> Vec<Vec<u8>> {
-    let frame = |(i, len): (usize, &usize)| {
-        let mut frame = noise(12 + len, seed.wrapping_add(i as u64));
-        frame[10..12].copy_from_slice(&[1, 0]);
-        frame
-    };
-    lens.iter().enumerate().map(frame).collect()
-}
-
-fn parts(frame: &[u8]) -> (&[u8; HEADER_LEN], &[u8]) {
-    frame.split_first_chunk().unwrap()
-}
-
-fn frame_lens() -> impl Strategy<Value = Vec<usize>> {
-    let len = prop_oneof![4 => 14..130usize, 3 => 130..2000usize, 1 => 2000..65_558usize];
-    prop::collection::vec(len, 1..65)
 }
 
 proptest! {

@@ -18,6 +18,8 @@ use vring::{
     Frames, GuestMemory, RegionSpec, RingFault, RingSetup, RxRing, TxRing, features,
 };
 
+pub mod packed;
+
 /// A part of the image that is contiguous for the guest.
 #[derive(Clone, Copy, Debug)]
 pub struct Region {

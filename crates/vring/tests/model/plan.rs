@@ -2,7 +2,7 @@
 #![allow(unreachable_pub)]
 
 use proptest::prelude::*;
-use vring::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, features};
+use vring::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, HEADER_LEN, features};
 
 use crate::model::{Model, noise, regions};
 
@@ -264,4 +264,23 @@ impl Writer {
             }
         }
     }
+}
+
+/// A burst of frames of all lengths, header in front.
+pub fn frames(lens: &[usize], seed: u64) -> Vec<Vec<u8>> {
+    let frame = |(i, len): (usize, &usize)| {
+        let mut frame = noise(12 + len, seed.wrapping_add(i as u64));
+        frame[10..12].copy_from_slice(&[1, 0]);
+        frame
+    };
+    lens.iter().enumerate().map(frame).collect()
+}
+
+pub fn parts(frame: &[u8]) -> (&[u8; HEADER_LEN], &[u8]) {
+    frame.split_first_chunk().unwrap()
+}
+
+pub fn frame_lens() -> impl Strategy<Value = Vec<usize>> {
+    let len = prop_oneof![4 => 14..130usize, 3 => 130..2000usize, 1 => 2000..65_558usize];
+    prop::collection::vec(len, 1..65)
 }
