@@ -48,6 +48,7 @@ bench:
 	$(CARGO_TARGET_DIR)/release/footprint
 	$(CARGO_TARGET_DIR)/release/peers
 	$(CARGO_TARGET_DIR)/release/virtio_user
+	$(CARGO_TARGET_DIR)/release/latency
 
 lint:
 	tests/setup.sh build lint

@@ -26,7 +26,7 @@ pub enum Kind {
     Vhostd,
     /// The same, but the worker sleeps when there is nothing to do: the daemon's default.
     VhostdAdaptive,
-    /// `dpdk-testpmd` in io mode: it passes every frame from one of two ports to the other and looks at none.
+    /// `dpdk-testpmd` in io mode: it passes every frame from one port of a pair to the other and looks at none.
     Dpdk,
     /// The bare loop between two ports ([`vring::limit`]): one copy a frame and nothing else.
     Limit,
@@ -46,14 +46,6 @@ impl Kind {
             Self::Limit => "limit",
             Self::Ovs => "OVS NORMAL",
             Self::OvsFlows => "OVS flows",
-        }
-    }
-
-    /// Ports that it can have.
-    pub fn ports_max(self) -> usize {
-        match self {
-            Self::Dpdk | Self::Limit | Self::OvsFlows => 2,
-            Self::Vhostd | Self::VhostdAdaptive | Self::Ovs => 32,
         }
     }
 
@@ -122,6 +114,11 @@ impl Backend {
             }
         }
         Ok(())
+    }
+
+    /// Whether it takes a core all the time.
+    pub fn polls(&self) -> bool {
+        self.kind != Kind::VhostdAdaptive
     }
 
     /// Processor time that it has had so far.

@@ -11,6 +11,7 @@ mod limit;
 pub mod machine;
 pub mod plot;
 pub mod traffic;
+pub mod watch;
 
 /// Where the back end forwards.
 pub const BACKEND_CPU: usize = 0;

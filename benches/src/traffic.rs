@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::backend::Backend;
+use crate::watch::{TRIES, Watch};
 use anyhow::{Context, Result, ensure};
 use dataplane::light::{LightConfig, LightGuest};
 use vring::{HEADER_LEN, features};
@@ -15,11 +16,6 @@ const BUFFER: usize = 2048;
 
 /// How long a back end may take until it delivers the first frame.
 const FIRST_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Part of a core that front ends and back end, who all poll, have at least when nobody disturbs them.
-pub const BUSY: f64 = 0.95;
-/// How often a figure is taken before a disturbed one will do.
-pub const TRIES: u32 = 5;
 
 /// What the front ends send: to all others in turn, and so do their addresses.
 #[derive(Clone, Debug)]
@@ -113,11 +109,9 @@ impl Guests {
     pub fn undisturbed_rate(&mut self, backend: &mut Backend, time: Duration) -> Result<(f64, bool)> {
         let mut tries = 0;
         loop {
-            let (start, ours, theirs) = (Instant::now(), thread_time(), backend.cpu_time());
+            let watch = Watch::start(backend);
             let rate = self.rate(time)?;
-            backend.check()?;
-            let least = start.elapsed().mul_f64(BUSY);
-            let disturbed = thread_time() - ours < least || backend.cpu_time() - theirs < least;
+            let disturbed = watch.disturbed(backend)?;
             tries += 1;
             if !disturbed || tries == TRIES {
                 return Ok((rate, disturbed));
@@ -149,16 +143,11 @@ impl Guests {
         start.elapsed()
     }
 
+    /// Gives back what the back end has used; returns the frames delivered since the last step.
     #[inline]
-    fn step(&mut self) -> u64 {
+    pub fn step(&mut self) -> u64 {
         self.guests.iter_mut().map(|guest| guest.recycle().1).sum()
     }
-}
-
-/// Processor time of this thread.
-fn thread_time() -> Duration {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-    Duration::try_from(time).unwrap_or_default()
 }
 
 #[cfg(test)]

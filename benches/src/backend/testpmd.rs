@@ -19,7 +19,7 @@ pub(super) fn command(dir: &Path, shape: &Shape) -> Command {
         .args(memory(shape.huge_pages))
         .arg(format!("--lcores=1@{FRONTEND_CPU},0@{BACKEND_CPU}"))
         .arg("--main-lcore=1")
-        .args([vdev(0), vdev(1)])
+        .args((0..shape.ports).map(vdev))
         .args(["--", "-i", "--auto-start", "--forward-mode=io", "--burst=32", "--total-num-mbufs=8192"])
         .arg(format!("--mbuf-size={mbuf}"))
         .stderr(Stdio::null());

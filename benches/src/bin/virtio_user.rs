@@ -18,7 +18,7 @@ use anyhow::{Context, Result};
 use benches::backend::{Backend, Kind, Shape, bound, cpu_time, serve_if_asked, testpmd};
 use benches::figures::Spread;
 use benches::machine::Machine;
-use benches::traffic::{BUSY, TRIES};
+use benches::watch::{BUSY, TRIES};
 use benches::{BACKEND_CPU, FRONTEND_CPU};
 use clap::Parser;
 
