@@ -59,10 +59,8 @@ async fn not_found(request: axum::extract::Request) -> Problem {
 }
 
 async fn method_not_allowed(request: axum::extract::Request) -> Problem {
-    Problem::new(
-        Kind::MethodNotAllowed,
-        format!("{} does not take {:.16}", request.uri().path(), request.method()),
-    )
+    let detail = format!("{} does not take {:.16}", request.uri().path(), request.method());
+    Problem::new(Kind::MethodNotAllowed, detail).hint("/openapi.json describes what it takes")
 }
 
 /// The document that describes the API.

@@ -1,13 +1,15 @@
 //! The command line's grammar.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use clap::builder::RangedI64ValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::names::{Mac, Name, SocketPath};
-use crate::spec::{PlugSpec, Role, Socket, To};
+use crate::spec::{MTU_RANGE, PlugSpec, QUEUES_RANGE, Role, Socket, To};
 use crate::status::Phase;
 
 /// Where the daemon is reached unless said otherwise.
@@ -164,10 +166,10 @@ pub struct PlugArgs {
     #[arg(long, value_name = "MAC", conflicts_with = "file")]
     pub mac: Option<Mac>,
     /// Largest payload of an Ethernet frame, bytes [default: 1500]
-    #[arg(long, value_name = "BYTES", conflicts_with = "file")]
+    #[arg(long, value_name = "BYTES", conflicts_with = "file", value_parser = within(&MTU_RANGE))]
     pub mtu: Option<u16>,
     /// Queue pairs [default: what the guest wants, up to 128; one for a TAP]
-    #[arg(long, value_name = "N", conflicts_with = "file")]
+    #[arg(long, value_name = "N", conflicts_with = "file", value_parser = within(&QUEUES_RANGE))]
     pub queues: Option<u16>,
     /// Read the plug from a document: os-vif, or as `show -o json` prints it; - is standard input
     #[arg(short, long, value_name = "FILE")]
@@ -226,6 +228,10 @@ impl PlugArgs {
     }
 }
 
+fn within(range: &RangeInclusive<u16>) -> RangedI64ValueParser<u16> {
+    clap::value_parser!(u16).range(i64::from(*range.start())..=i64::from(*range.end()))
+}
+
 /// `tap:DEV`, `bridge:BR`, `ovs:BR`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ToArg(To);
@@ -234,12 +240,11 @@ impl FromStr for ToArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (kind, name) = text.split_once(':').unwrap_or((text, ""));
-        let name = || name.parse().map_err(|e| format!("{e}"));
-        match kind {
-            "tap" => Ok(Self(To::Tap { tap: name()?, mac: None })),
-            "bridge" => Ok(Self(To::Bridge { bridge: name()?, tap: None })),
-            "ovs" => Ok(Self(To::Ovs { bridge: name()? })),
+        let name = |name: &str| name.parse().map_err(|e| format!("{e}"));
+        match text.split_once(':') {
+            Some(("tap", tap)) => Ok(Self(To::Tap { tap: name(tap)?, mac: None })),
+            Some(("bridge", bridge)) => Ok(Self(To::Bridge { bridge: name(bridge)?, tap: None })),
+            Some(("ovs", bridge)) => Ok(Self(To::Ovs { bridge: name(bridge)? })),
             _ => Err("it must be tap:DEV, bridge:BR or ovs:BR".into()),
         }
     }
@@ -335,6 +340,16 @@ mod tests {
         assert!(matches!(to("bridge:br0").unwrap().0, To::Bridge { tap: None, .. }));
         for bad in ["", "tap", "tap:", "bridge:a/b", "macvtap:eth0", "tap:0123456789abcdef"] {
             assert!(to(bad).is_err(), "{bad}");
+        }
+        assert!(to("bridge").unwrap_err().contains("bridge:BR"));
+    }
+
+    #[test]
+    fn numbers_have_the_bounds_of_the_spec() {
+        for (option, value, bounds) in [("--mtu", "70000", "68..=9216"), ("--queues", "0", "1..=128")] {
+            let error =
+                Cli::try_parse_from(["vhostd", "plug", "a", "--listen", "/x", option, value]).unwrap_err();
+            assert!(error.to_string().contains(bounds), "{error}");
         }
     }
 }

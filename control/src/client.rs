@@ -22,6 +22,18 @@ const ANSWER_BYTES_MAX: usize = 256 << 20;
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
+    /// Somebody is there, but not for us.
+    #[error(
+        "user {uid} may not connect to the daemon at {path}: {cause}\n  hint: be root, or in the group that its configuration names (api.group)"
+    )]
+    Denied {
+        /// The socket.
+        path: PathBuf,
+        /// Who we are.
+        uid: u32,
+        /// Why.
+        cause: std::io::Error,
+    },
     /// Nobody is there.
     #[error(
         "no daemon answers at {path}: {cause}\n  hint: is `vhostd serve` running? --api or VHOSTD_API says where"
@@ -52,7 +64,7 @@ impl ClientError {
     /// What the command line exits with.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Unreachable { .. } => 6,
+            Self::Denied { .. } | Self::Unreachable { .. } => 6,
             Self::Silent(_) => 5,
             Self::Broken { .. } => 1,
             Self::Refused(problem) => problem.kind.exit_code(),
@@ -123,7 +135,7 @@ impl Client {
 
     async fn send(&self, method: Method, path: &str, body: Bytes) -> Result<Response<Incoming>, ClientError> {
         let stream = UnixStream::connect(&self.path).await;
-        let stream = stream.map_err(|cause| ClientError::Unreachable { path: self.path.clone(), cause })?;
+        let stream = stream.map_err(|cause| self.no_way_in(cause))?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| self.broken(&e))?;
         // Ends with the last request or with the daemon; its errors reach the request.
@@ -136,6 +148,14 @@ impl Client {
             .body(Full::new(body))
             .map_err(|e| self.broken(&e))?;
         sender.send_request(request).await.map_err(|e| self.broken(&e))
+    }
+
+    fn no_way_in(&self, cause: std::io::Error) -> ClientError {
+        let path = self.path.clone();
+        if cause.kind() == std::io::ErrorKind::PermissionDenied {
+            return ClientError::Denied { path, uid: rustix::process::geteuid().as_raw(), cause };
+        }
+        ClientError::Unreachable { path, cause }
     }
 
     fn broken(&self, cause: &impl ToString) -> ClientError {

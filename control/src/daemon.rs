@@ -53,7 +53,7 @@ pub enum ServeError {
     #[error("{0}")]
     Publish(#[from] PublishError),
     /// The dataplane.
-    #[error("cannot start the dataplane: {0}")]
+    #[error("cannot start the dataplane: {0} (lcores come from --cpus)")]
     Dataplane(#[from] dataplane::Error),
     /// The host's network.
     #[error("{0}")]

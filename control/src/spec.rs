@@ -22,9 +22,9 @@ const NETWORK_DEFAULT: &str = "default";
 /// Payload of an Ethernet frame unless said otherwise, bytes.
 const MTU_DEFAULT: u16 = 1500;
 /// Bounds of an MTU, bytes: IPv4's smallest, and the largest jumbo frame.
-const MTU_RANGE: std::ops::RangeInclusive<u16> = 68..=9216;
+pub const MTU_RANGE: std::ops::RangeInclusive<u16> = 68..=9216;
 /// Queue pairs of one port (VIRTIO_NET_CTRL_MQ_VQ_PAIRS_MAX is higher; 128 is what front ends use).
-const QUEUES_RANGE: std::ops::RangeInclusive<u16> = 1..=128;
+pub const QUEUES_RANGE: std::ops::RangeInclusive<u16> = 1..=128;
 
 /// What a plug is asked to be.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

@@ -62,7 +62,7 @@ pub enum StoreError {
     #[error("state directory {0} is in use by another vhostd: stop it, or give this one another --state-dir")]
     InUse(PathBuf),
     /// The directory or file.
-    #[error("state directory {path}: {cause}")]
+    #[error("state directory {path} cannot be used: {cause}; mend it, or give another --state-dir")]
     Directory {
         /// Which.
         path: PathBuf,

@@ -365,6 +365,10 @@ fn a_user_who_is_not_listed_is_denied() {
     write("65534");
     let _daemon = place.serve_with(&["--config", config.to_str().unwrap()]);
     place.vhostd_as_nobody(&["ls"]).ok();
+    std::fs::set_permissions(place.api(), std::os::unix::fs::PermissionsExt::from_mode(0o660)).unwrap();
+    let denied = place.vhostd_as_nobody(&["ls"]);
+    assert_eq!(denied.code, 6, "{denied:?}");
+    assert!(denied.err.contains("user 65534 may not connect to the daemon"), "{denied:?}");
 }
 
 #[test]

@@ -13,7 +13,7 @@ use crate::names::Name;
 use crate::plug::{Outcome, PlugError};
 use crate::problem::{Kind, Problem};
 use crate::server::Caller;
-use crate::spec::PlugSpec;
+use crate::spec::{PlugSpec, SpecError};
 use crate::status::{Phase, Plug, Status, Whose};
 
 /// Body of a PUT.
@@ -126,29 +126,44 @@ impl From<PlugError> for Problem {
         match error {
             PlugError::Spec(spec) => {
                 let kind = match spec {
-                    crate::spec::SpecError::Ovs(_) => Kind::Unsupported,
+                    SpecError::Ovs(_) => Kind::Unsupported,
                     _ => Kind::Invalid,
                 };
-                Self { field: spec.field().map(str::to_owned), ..Self::new(kind, detail) }
+                let hint = match spec {
+                    SpecError::Empty => Some(
+                        "spec.socket, spec.to or both; on the command line --listen, --connect, --to"
+                            .to_owned(),
+                    ),
+                    _ => None,
+                };
+                Self { field: spec.field().map(str::to_owned), hint, ..Self::new(kind, detail) }
             }
             PlugError::Differs { id, fields } => {
                 let field = fields.first().map(|field| format!("spec.{field}"));
                 let hint = format!("`vhostd unplug {id}` first, or plug under another name");
                 Self { field, ..Self::new(Kind::Conflict, detail).hint(hint) }
             }
-            PlugError::Taken { field, .. } => Self::new(Kind::Conflict, detail).field(field),
+            PlugError::Taken { field, owner, .. } => {
+                let hint = format!("ask for another, or `vhostd unplug {owner}` first");
+                Self::new(Kind::Conflict, detail).field(field).hint(hint)
+            }
             PlugError::Full(_) => Self::new(Kind::Unavailable, detail),
             PlugError::Store(_) => Self::new(Kind::Internal, detail),
             PlugError::Step { cause, .. } if cause.is_conflict() => Self::new(Kind::Conflict, detail),
             PlugError::Step { cause, .. } => match cause.whose() {
                 Whose::Vhostd => Self::new(Kind::Internal, detail),
-                Whose::Host | Whose::FrontEnd => Self::new(Kind::Precondition, detail),
+                Whose::Host | Whose::FrontEnd => {
+                    let hint = cause.hint().map(str::to_owned);
+                    Self { hint, ..Self::new(Kind::Precondition, detail) }
+                }
             },
             PlugError::Unfinished { id, whose, .. } => {
                 let kind = if whose == Whose::Vhostd { Kind::Internal } else { Kind::Precondition };
                 Self::new(kind, detail).hint(format!("`vhostd show {id}` says how it stands"))
             }
-            PlugError::NotFound(_) => Self::new(Kind::NotFound, detail),
+            PlugError::NotFound(_) => {
+                Self::new(Kind::NotFound, detail).hint("`vhostd ls` shows which there are")
+            }
             PlugError::Waiting { .. } => {
                 Self::new(Kind::Timeout, detail).hint("the plug stays; wait for it again, or unplug it")
             }

@@ -67,6 +67,20 @@ impl StepError {
         }
     }
 
+    /// The way out, where the message does not say it.
+    pub fn hint(&self) -> Option<&'static str> {
+        let Self::Socket(vhost_user::EndpointError::Io { cause, .. }) = self else { return None };
+        match cause.kind() {
+            std::io::ErrorKind::NotFound => {
+                Some("make the directory first: vhostd makes sockets, no directories")
+            }
+            std::io::ErrorKind::PermissionDenied => {
+                Some("the daemon's user has to be able to write in the directory")
+            }
+            _ => None,
+        }
+    }
+
     /// True if what the plug asks for belongs to somebody else.
     pub fn is_conflict(&self) -> bool {
         use hostnet::Error as Host;

@@ -82,7 +82,7 @@ pub enum Error {
         wanted: &'static str,
     },
     /// Somebody has queues of the TAP open.
-    #[error("TAP {name} is in use: another process, or another plug, holds it open")]
+    #[error("TAP {name} is held open by another process or plug: stop that, or choose another TAP")]
     Busy {
         /// The interface.
         name: String,

@@ -69,13 +69,13 @@ pub enum EndpointError {
         uid: u32,
     },
     /// Somebody listens there.
-    #[error("{0:?} is in use: another process or endpoint listens on it")]
+    #[error("{0:?} is in use, another process or endpoint listens on it: stop that or choose another path")]
     InUse(PathBuf),
     /// The name changed hands while we looked.
     #[error("{0:?} was replaced while the socket was being published: try again")]
     Raced(PathBuf),
     /// A system call failed.
-    #[error("{path:?}: cannot {what}: {cause}")]
+    #[error("cannot {what} {path:?}: {cause}")]
     Io {
         /// The path.
         path: PathBuf,

@@ -106,7 +106,10 @@ fn held_tap_is_busy() {
         let _held = TapQueue::open("t0", false).unwrap();
         let error = net.ensure_tap(&TapSpec { adopt: true, ..spec("t0") }).await.unwrap_err();
         assert!(matches!(error, Error::Busy { .. }));
-        assert_eq!(error.to_string(), "TAP t0 is in use: another process, or another plug, holds it open");
+        assert_eq!(
+            error.to_string(),
+            "TAP t0 is held open by another process or plug: stop that, or choose another TAP"
+        );
     });
 }
 
