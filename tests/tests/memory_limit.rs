@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use e2e::daemon::Daemon;
-use e2e::deadline::wait_for;
+use e2e::deadline::{wait_for, wait_for_some};
 use e2e::hand::{BUFFERS, Hand, HandConfig, writable};
 use e2e::peer::{Peer, PeerConfig};
 use e2e::stage::{HOSTILE, NEIGHBOUR, frame, plain};
@@ -136,6 +136,9 @@ fn m15_untouched_guest_memory_is_paid_by_who_writes_first() -> Result<()> {
     // A restart, outside of the group: the plugs are there, and so can the guest be.
     drop(hand);
     daemon.kill_and_restart()?;
+    wait_for_some("the guest's plug", SOON, || {
+        Ok((daemon.json(&["show", "guest"])?["status"]["phase"] == "attached").then_some(()))
+    })?;
     let _guest = Peer::connect(daemon.socket("guest"), PeerConfig::default())?;
     daemon.wait_for_forwarding(&["guest"])?;
     drop(daemon);
