@@ -93,6 +93,15 @@ enum To {
     Flood,
 }
 
+/// What a frame's virtio-net header asks for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Plain,
+    Checksum,
+    /// To be segmented by whoever cannot take it whole.
+    Gso,
+}
+
 /// Where the frames of a burst come from.
 pub(crate) struct Ingress<'a> {
     pub(crate) port: &'a Arc<Port>,
@@ -110,11 +119,8 @@ pub(crate) struct Ingress<'a> {
 #[inline]
 pub(crate) fn forward(ingress: &Ingress<'_>, burst: &mut Burst<'_>, deliverer: &mut Deliverer) -> u64 {
     let mut class = Classifier::new(ingress);
-    let count = burst.len();
-    for index in 0..count {
-        class.classify(burst, index);
-    }
-    let frames = count as u64;
+    class.classify(burst);
+    let frames = burst.len() as u64;
     ingress.counters.burst(frames, class.bytes, class.gso_frames);
     deliverer.plain = class.offloads == 0;
     deliverer.longest = class.longest;
@@ -147,8 +153,8 @@ fn flood(ingress: &Ingress<'_>, burst: &Burst<'_>, class: &Classifier<'_, '_>, d
     }
 }
 
-/// Decides frame by frame; remembers the last addresses and destination, since frames come in flows. Sets of frames are
-/// words with a bit a frame.
+/// Decides frame by frame. Frames come in flows: one with the header and the addresses of the frame before goes where that
+/// went, and no more is asked. Sets of frames are words with a bit a frame.
 struct Classifier<'a, 'b> {
     ingress: &'a Ingress<'b>,
     frame_max: u32,
@@ -165,8 +171,6 @@ struct Classifier<'a, 'b> {
     /// Slots, and the frames that go there; the first `groups_len`.
     groups: [(u16, u64); BURST_MAX],
     groups_len: usize,
-    /// The group of the frame before.
-    last_group: usize,
 }
 
 impl<'a, 'b> Classifier<'a, 'b> {
@@ -185,7 +189,6 @@ impl<'a, 'b> Classifier<'a, 'b> {
             flooded: 0,
             groups: [(0, 0); BURST_MAX],
             groups_len: 0,
-            last_group: 0,
         }
     }
 
@@ -195,44 +198,83 @@ impl<'a, 'b> Classifier<'a, 'b> {
     }
 
     #[inline]
-    fn classify(&mut self, burst: &mut Burst<'_>, index: usize) {
-        let bit = 1u64 << (index % BURST_MAX);
-        match self.destination(burst, index) {
-            Ok(to) => {
-                self.bytes += u64::from(burst.frame_len(index));
-                match to {
-                    To::Flood => self.flooded |= bit,
-                    To::Port(slot) => self.collect(slot, bit),
+    fn classify(&mut self, burst: &mut Burst<'_>) {
+        let mut left = burst.valid();
+        if burst.len() != left.count_ones() as usize {
+            self.count_faults(burst);
+        }
+        while left != 0 {
+            let index = left.trailing_zeros() as usize % BURST_MAX;
+            let len = burst.frame_len(index);
+            match self.destination(burst, index, len) {
+                Ok((to, plain)) => {
+                    let (same, bytes) = if plain { self.like(burst, index, left) } else { (1 << index, 0) };
+                    self.bytes += u64::from(len) + bytes;
+                    self.send(to, same);
+                    left &= !same;
+                }
+                Err(reason) => {
+                    self.ingress.counters.drop(reason, 1);
+                    left &= left - 1;
                 }
             }
-            Err(reason) => self.ingress.counters.drop(reason, 1),
         }
     }
 
-    /// Adds a frame to those that go to `slot`.
+    /// The frames of `left` from `first` on that need no decision of their own: header and addresses are the same, and
+    /// the first is plain and was accepted. Also gives the bytes of all but the first.
     #[inline]
-    fn collect(&mut self, slot: u16, bit: u64) {
-        let last = &mut self.groups[self.last_group % BURST_MAX];
-        if last.0 == slot && last.1 != 0 {
-            last.1 |= bit;
-            return;
+    fn like(&mut self, burst: &Burst<'_>, first: usize, left: u64) -> (u64, u64) {
+        let lead = burst.lead(first);
+        let (mut same, mut bytes) = (1u64 << first, 0u64);
+        let (frame_max, mut longest) = (self.frame_max, self.longest);
+        let mut rest = left & left.wrapping_sub(1);
+        while rest != 0 {
+            let index = rest.trailing_zeros() as usize % BURST_MAX;
+            let len = burst.frame_len(index);
+            if burst.lead(index) != lead || len > frame_max {
+                break;
+            }
+            same |= 1 << index;
+            bytes = bytes.wrapping_add(len.into());
+            longest = longest.max(len);
+            rest &= rest.wrapping_sub(1);
         }
+        self.longest = longest;
+        (same, bytes)
+    }
+
+    #[cold]
+    fn count_faults(&self, burst: &Burst<'_>) {
+        for fault in (0..burst.len()).filter_map(|index| burst.fault(index)) {
+            self.ingress.counters.drop(reason_of(fault), 1);
+        }
+    }
+
+    /// Adds frames to those that go there.
+    #[inline]
+    fn send(&mut self, to: To, frames: u64) {
+        let To::Port(slot) = to else {
+            self.flooded |= frames;
+            return;
+        };
         let known = self.groups().iter().position(|(have, _)| *have == slot);
         // There are no more groups than frames.
-        self.last_group = known.unwrap_or(self.groups_len) % BURST_MAX;
-        self.groups_len = self.groups_len.max(self.last_group + 1);
-        let group = &mut self.groups[self.last_group];
-        *group = (slot, group.1 | bit);
+        let at = known.unwrap_or(self.groups_len) % BURST_MAX;
+        self.groups_len = self.groups_len.max(at + 1);
+        self.groups[at] = (slot, self.groups[at].1 | frames);
     }
 
+    /// Where a frame goes, and whether it asks for no offload.
     #[inline]
-    fn destination(&mut self, burst: &mut Burst<'_>, index: usize) -> Result<To, DropReason> {
-        if let Some(fault) = burst.fault(index) {
-            return Err(reason_of(fault));
-        }
-        let gso = self.check_header(burst, index)?;
-        if !gso {
-            let len = burst.frame_len(index);
+    fn destination(
+        &mut self,
+        burst: &mut Burst<'_>,
+        index: usize,
+        len: u32,
+    ) -> Result<(To, bool), DropReason> {
+        let kind = self.check_header(burst, index)?;
+        if kind != Kind::Gso {
             if len > self.frame_max {
                 return Err(DropReason::MtuExceeded);
             }
@@ -251,12 +293,12 @@ impl<'a, 'b> Classifier<'a, 'b> {
         if self.last_to == To::Port(self.ingress.port.slot) {
             return Err(DropReason::Hairpin);
         }
-        Ok(self.last_to)
+        Ok((self.last_to, kind == Kind::Plain))
     }
 
-    /// Makes the header true; returns whether the frame is to be segmented by whoever cannot take it whole.
+    /// Makes the header true.
     #[inline]
-    fn check_header(&mut self, burst: &mut Burst<'_>, index: usize) -> Result<bool, DropReason> {
+    fn check_header(&mut self, burst: &mut Burst<'_>, index: usize) -> Result<Kind, DropReason> {
         let bytes = burst.header(index);
         let header = VnetHeader::from_bytes(bytes);
         if header.is_plain() {
@@ -264,7 +306,7 @@ impl<'a, 'b> Classifier<'a, 'b> {
             if bytes[2..10] != [0; 8] {
                 burst.set_header(index, &VnetHeader::PLAIN.to_bytes());
             }
-            return Ok(false);
+            return Ok(Kind::Plain);
         }
         self.check_offload(burst, index, header)
     }
@@ -275,14 +317,14 @@ impl<'a, 'b> Classifier<'a, 'b> {
         burst: &mut Burst<'_>,
         index: usize,
         header: VnetHeader,
-    ) -> Result<bool, DropReason> {
+    ) -> Result<Kind, DropReason> {
         let len = burst.frame_len(index) as usize;
         let checked = header.check(len, burst.prefix(index), self.ingress.sends);
         let checked = checked.map_err(|_| DropReason::BadOffload)?;
         burst.set_header(index, &checked.to_bytes());
         self.offloads += u64::from(!checked.is_plain());
         self.gso_frames += u64::from(checked.is_gso());
-        Ok(checked.is_gso())
+        Ok(if checked.is_gso() { Kind::Gso } else { Kind::Checksum })
     }
 
     /// A source address not seen in the frame before.

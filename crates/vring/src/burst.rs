@@ -25,6 +25,8 @@ pub const HEAD_LEN: usize = 128;
 pub const HEADER_LEN: usize = 12;
 /// The same as a 32-bit length, as descriptors have it.
 pub(crate) const HEADER_BYTES: u32 = 12;
+/// Virtio 1.2, 5.1.6.2.1: num_buffers means nothing on transmit; 5.1.6.4: a receiver finds 1 unless frames are merged.
+const NUM_BUFFERS: [u8; 2] = 1u16.to_le_bytes();
 /// Longest frame without its virtio-net header: a 64 KiB IP packet behind Ethernet and two VLAN tags.
 pub const FRAME_LEN_MAX: u32 = 65_535 + 14 + 8;
 /// Shortest frame of a wire, without its check sequence (IEEE 802.3, 3.2.8 and 4.4.2).
@@ -48,13 +50,22 @@ pub enum ChainFault {
 
 /// Contiguous bytes of a frame somewhere outside of [`Frames`].
 #[derive(Clone, Copy)]
-struct Piece {
-    at: *const u8,
-    len: u32,
+pub(crate) struct Piece {
+    pub(crate) at: *const u8,
+    pub(crate) len: u32,
 }
 
 impl Piece {
     const NONE: Self = Self { at: std::ptr::null(), len: 0 };
+}
+
+/// The chain that a frame came from.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Taken {
+    /// What the driver calls it.
+    pub(crate) id: u16,
+    /// Slots of the ring that it takes.
+    pub(crate) slots: u16,
 }
 
 /// A frame of several pieces.
@@ -69,13 +80,28 @@ struct Chain {
 
 #[derive(Clone)]
 #[repr(align(64))]
-struct Head([u8; HEAD_LEN]);
+pub(crate) struct Head(pub(crate) [u8; HEAD_LEN]);
+
+impl Head {
+    /// Copies a frame's first bytes. Bytes behind a short frame come along, and are never looked at.
+    ///
+    /// # Safety
+    /// [`HEAD_LEN`] bytes are readable there.
+    #[inline(always)]
+    unsafe fn fetch(&mut self, place: &Piece) {
+        // SAFETY: the caller's promise, and a head has as many bytes.
+        unsafe { std::ptr::copy_nonoverlapping(place.at, self.0.as_mut_ptr(), HEAD_LEN) };
+        self.0[10..HEADER_LEN].copy_from_slice(&NUM_BUFFERS);
+    }
+}
 
 /// Room for one burst. A bit of a 64-bit word stands for each frame: sets of frames are words.
 pub struct Frames {
     heads: Box<[Head; BURST_MAX]>,
     /// First byte and length (header counted as [`HEADER_LEN`]) of each frame.
     places: Box<[Piece; BURST_MAX]>,
+    /// Where each came from, if from a ring.
+    taken: Box<[Taken; BURST_MAX]>,
     /// More of frames in `chained`.
     chains: Box<[Chain; BURST_MAX]>,
     /// Why frames in `faulty` are none.
@@ -84,8 +110,6 @@ pub struct Frames {
     count: usize,
     chained: u64,
     faulty: u64,
-    /// Frames behind whose first byte [`HEAD_LEN`] bytes may be read.
-    wide: u64,
 }
 
 // SAFETY: the pointers in `places` and `arena` are only followed through a `Burst`, whose lifetime keeps what they
@@ -99,13 +123,13 @@ impl Default for Frames {
         Self {
             heads: heads.try_into().unwrap_or_else(|_| unreachable!("made with BURST_MAX elements")),
             places: Box::new([Piece::NONE; BURST_MAX]),
+            taken: Box::new([Taken::default(); BURST_MAX]),
             chains: Box::new([chain; BURST_MAX]),
             faults: [ChainFault::Malformed; BURST_MAX],
             arena: Vec::new(),
             count: 0,
             chained: 0,
             faulty: 0,
-            wide: 0,
         }
     }
 }
@@ -145,7 +169,7 @@ impl Frames {
         let private = frame.len().min(HEAD_LEN - HEADER_LEN);
         head[..HEADER_LEN].copy_from_slice(header);
         // As for a guest's frames: a TAP leaves num_buffers at 0.
-        head[10..HEADER_LEN].copy_from_slice(&1u16.to_le_bytes());
+        head[10..HEADER_LEN].copy_from_slice(&NUM_BUFFERS);
         head[HEADER_LEN..HEADER_LEN + private].copy_from_slice(&frame[..private]);
         // As if the header stood before the frame: what follows the head is found by adding to the first byte.
         let at = frame.as_ptr().wrapping_sub(HEADER_LEN);
@@ -158,7 +182,6 @@ impl Frames {
         self.count = 0;
         self.chained = 0;
         self.faulty = 0;
-        self.wide = 0;
         self.arena.clear();
     }
 
@@ -167,13 +190,29 @@ impl Frames {
         self.count < BURST_MAX && self.arena.len() <= PIECES_MAX / 2
     }
 
-    /// Adds a frame of one piece, header included; `room` bytes may be read there. Its head is fetched by
-    /// [`Self::fetch_heads`].
+    /// Room for frames of one piece, up to `limit` frames in all. What is put there becomes frames by
+    /// [`Self::push_singles`].
     #[inline]
-    pub(crate) fn push_single(&mut self, at: *const u8, len: u32, room: u64) {
-        self.places[slot(self.count)] = Piece { at, len };
-        self.wide |= u64::from(room >= HEAD_LEN as u64) << slot(self.count);
-        self.count += 1;
+    pub(crate) fn singles(&mut self, limit: usize) -> impl Iterator<Item = (&mut Piece, &mut Taken)> {
+        let range = self.count..limit.clamp(self.count, BURST_MAX);
+        self.places[range.clone()].iter_mut().zip(&mut self.taken[range])
+    }
+
+    /// The chain that the next frame, or fault, comes from.
+    pub(crate) fn note_taken(&mut self, taken: Taken) {
+        self.taken[slot(self.count)] = taken;
+    }
+
+    /// Adds the first `count` of [`Self::singles`].
+    #[inline]
+    pub(crate) fn push_singles(&mut self, count: usize) {
+        self.count = (self.count + count).min(BURST_MAX);
+    }
+
+    /// How many there are.
+    #[inline]
+    pub(crate) fn len(&self) -> usize {
+        self.count
     }
 
     /// Adds a chain that cannot be a frame.
@@ -219,43 +258,45 @@ impl Frames {
     /// Copies the first bytes of every frame into private memory; `header_len` of them are the ring's header.
     ///
     /// # Safety
-    /// All pieces pushed are valid for reads, and so are [`HEAD_LEN`] bytes at a piece pushed with that much room.
-    #[inline]
+    /// All pieces pushed are valid for reads, singles also of [`HEAD_LEN`] bytes. There are none with another header than
+    /// [`HEADER_BYTES`].
+    #[inline(always)]
     pub(crate) unsafe fn fetch_heads(&mut self, header_len: u32) {
-        let simple = if header_len == HEADER_BYTES { self.wide } else { 0 };
-        for index in 0..self.count.min(BURST_MAX) {
-            if simple & bit(index) != 0 {
-                let head = &mut self.heads[index].0;
-                // SAFETY: `wide`, so as many bytes are readable as a head has. Bytes behind a short frame may be read
-                // (they are in the same region) but are never looked at.
-                unsafe { std::ptr::copy_nonoverlapping(self.places[index].at, head.as_mut_ptr(), HEAD_LEN) };
-            } else if self.faulty & bit(index) == 0 {
+        let count = self.count.min(BURST_MAX);
+        let odd = self.chained | self.faulty;
+        if odd != 0 {
+            for index in 0..count {
                 // SAFETY: the caller's promise.
-                unsafe { self.fetch_head(index, header_len) };
+                unsafe { self.fetch_any_head(index, header_len) };
             }
-            // Virtio 1.2, 5.1.6.2.1: num_buffers means nothing on transmit; 5.1.6.4: a receiver finds 1 unless merged.
-            self.heads[index].0[10..HEADER_LEN].copy_from_slice(&1u16.to_le_bytes());
+            return;
+        }
+        for (head, place) in self.heads[..count].iter_mut().zip(&self.places[..count]) {
+            // SAFETY: the caller's promise.
+            unsafe { head.fetch(place) };
         }
     }
 
-    /// As [`Self::fetch_heads`] for one frame, from any number of pieces, and with the legacy header of 10 bytes spread
-    /// to 12.
+    /// As [`Self::fetch_heads`] for a frame of a burst in which not all are of one piece.
+    ///
+    /// # Safety
+    /// As there.
+    #[inline(never)]
+    unsafe fn fetch_any_head(&mut self, index: usize, header_len: u32) {
+        if self.chained & bit(index) != 0 {
+            // SAFETY: the caller's promise.
+            unsafe { self.fetch_head(index, header_len) };
+        } else if self.faulty & bit(index) == 0 {
+            // SAFETY: the caller's promise.
+            unsafe { self.heads[slot(index)].fetch(&self.places[slot(index)]) };
+        }
+    }
+
+    /// As [`Self::fetch_heads`] for one frame of several pieces, and with the legacy header of 10 bytes spread to 12.
     ///
     /// # Safety
     /// All pieces pushed for this frame are valid for reads.
-    #[inline(never)]
     unsafe fn fetch_head(&mut self, index: usize, header_len: u32) {
-        if self.chained & bit(index) == 0 {
-            // From here on it is a chain of one piece.
-            let first = self.arena.len();
-            let piece = self.places[index];
-            self.arena.push(piece);
-            let count = 1;
-            #[allow(clippy::cast_possible_truncation)]
-            let chain = Chain { head_len: 0, first: first as u32, count };
-            self.chains[index] = chain;
-            self.chained |= bit(index);
-        }
         let chain = &mut self.chains[index];
         let head = &mut self.heads[index].0;
         // Virtio 1.2, 5.1.6.1: without MRG_RXBUF and VERSION_1 the header ends before num_buffers.
@@ -281,6 +322,7 @@ impl Frames {
                 chain.count -= 1;
             }
         }
+        head[10..HEADER_LEN].copy_from_slice(&NUM_BUFFERS);
         #[allow(clippy::cast_possible_truncation)]
         {
             chain.head_len = filled as u32;
@@ -357,6 +399,13 @@ impl<'m> Burst<'m> {
         self.frames.heads[slot(index)].0[HEADER_LEN..].first_chunk().expect("a head holds an Ethernet header")
     }
 
+    /// The virtio-net header and both addresses, private, as words: to see at once whether a frame is like another.
+    #[inline]
+    pub fn lead(&self, index: usize) -> [u64; 3] {
+        let head = &self.frames.heads[slot(index)].0;
+        [0, 8, 16].map(|at| u64::from_ne_bytes(*head[at..].first_chunk().expect("a head holds more")))
+    }
+
     /// The frame's first bytes, private: all of it or [`HEAD_LEN`] − [`HEADER_LEN`].
     #[inline]
     pub fn prefix(&self, index: usize) -> &[u8] {
@@ -431,6 +480,24 @@ impl<'m> Burst<'m> {
             self.frames.places[slot(index)].len
         };
         &self.frames.heads[slot(index)].0[..(head_len as usize).min(HEAD_LEN)]
+    }
+
+    /// The chains that the frames came from, faulty ones included.
+    #[inline]
+    pub(crate) fn taken(&self) -> &[Taken] {
+        &self.frames.taken[..self.frames.count.min(BURST_MAX)]
+    }
+
+    /// First byte and length, header counted as [`HEADER_LEN`], of every frame.
+    #[inline]
+    pub(crate) fn places(&self) -> &[Piece; BURST_MAX] {
+        &self.frames.places
+    }
+
+    /// Heads and places of all frames, if each is one piece.
+    #[inline]
+    pub(crate) fn singles(&self) -> Option<(&[Head; BURST_MAX], &[Piece; BURST_MAX])> {
+        (self.frames.chained == 0).then_some((&self.frames.heads, &self.frames.places))
     }
 
     /// What follows the head, if the frame is one piece (or all of it is in the head).

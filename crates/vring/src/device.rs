@@ -77,7 +77,7 @@ pub(crate) struct DeviceRing<L> {
     pub(crate) layout: L,
     /// Keeps what `layout` points to mapped.
     pub(crate) memory: Arc<GuestMemory>,
-    /// Region to try first.
+    /// The region to look into: the one where the last buffer was.
     window: Window,
     /// Position of the next chain to take.
     pub(crate) next: u16,
@@ -86,7 +86,7 @@ pub(crate) struct DeviceRing<L> {
     /// Position of the next used element to write.
     pub(crate) used: u16,
     /// The element at `used` while others behind it are there: (id, length). See [`Layout::FIRST_LAST`].
-    first_used: (u16, u32),
+    pub(crate) first_used: (u16, u32),
     /// Bytes of virtio-net header in this ring: 12, or 10 (legacy without MRG_RXBUF).
     pub(crate) header_len: u32,
     pub(crate) mergeable: bool,
@@ -145,6 +145,12 @@ impl<L: Layout> DeviceRing<L> {
         self.layout.available(self.next, &mut self.seen, wanted)
     }
 
+    /// How many chains from `at` on need no further look whether they are available.
+    #[inline]
+    pub(crate) fn known(&self, at: u16) -> u16 {
+        self.layout.known(at, self.seen)
+    }
+
     /// The chain at position `at`, its id and first descriptor; `None` if none is available there.
     #[inline]
     pub(crate) fn chain(&mut self, at: u16) -> Result<Option<(u16, Descriptor)>, RingFault> {
@@ -155,21 +161,18 @@ impl<L: Layout> DeviceRing<L> {
         self.layout.first(at)
     }
 
-    /// Our address of a buffer that lies in one region, and how many bytes are mapped there.
+    /// The region to look into.
     #[inline]
-    pub(crate) fn translate(&mut self, addr: u64, len: u32) -> Option<(*mut u8, u64)> {
-        match self.window.translate(addr, len.into()) {
-            Some(found) => Some(found),
-            None => self.translate_elsewhere(addr, len),
-        }
+    pub(crate) fn window(&self) -> Window {
+        self.window
     }
 
+    /// Looks into the region of `addr` from now on. False if it did already, or there is none.
     #[cold]
-    fn translate_elsewhere(&mut self, addr: u64, len: u32) -> Option<(*mut u8, u64)> {
-        let window = self.memory.window(addr)?;
-        let found = window.translate(addr, len.into())?;
-        self.window = window;
-        Some(found)
+    pub(crate) fn look_at(&mut self, addr: u64) -> bool {
+        let found = self.memory.window(addr).filter(|window| *window != self.window);
+        self.window = found.unwrap_or(self.window);
+        found.is_some()
     }
 
     /// Writes the used element at `at`; visible with the next [`Self::publish`].

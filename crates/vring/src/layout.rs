@@ -31,6 +31,8 @@ pub(crate) trait Layout: Copy + Send {
     /// How many chains may be looked for from `next` on, at least `wanted` if that many are there. `seen` is what was
     /// known before.
     fn available(&self, next: u16, seen: &mut u16, wanted: u16) -> Result<u16, RingFault>;
+    /// For how many chains from `at` on [`Self::first`] may be asked, as far as is known.
+    fn known(&self, at: u16, seen: u16) -> u16;
     /// Asks the cache for the first descriptors of `count` chains.
     fn prefetch(&self, at: u16, count: u16);
     /// The id and first descriptor of the chain at `at`, which was found available; `None` if it is not there after all.

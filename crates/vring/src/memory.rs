@@ -330,7 +330,7 @@ impl Region {
 
 /// One region without what keeps it mapped: for looking up many addresses in a row, since the buffers of a burst mostly
 /// lie in one region. Whoever holds it holds the [`GuestMemory`] it came from.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 pub(crate) struct Window {
     guest_addr: u64,
     size: u64,

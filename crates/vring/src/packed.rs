@@ -271,6 +271,11 @@ impl Layout for PackedRing {
         Ok(wanted)
     }
 
+    #[inline]
+    fn known(&self, _: u16, _: u16) -> u16 {
+        u16::MAX
+    }
+
     /// Descriptors lie one behind the other, which caches see by themselves.
     #[inline]
     fn prefetch(&self, _: u16, _: u16) {}

@@ -8,8 +8,8 @@
 use std::sync::Arc;
 
 use crate::RingError;
-use crate::burst::{BURST_MAX, Burst, ChainFault, HEADER_BYTES, HEADER_LEN};
-use crate::copy::{copy, prefetch};
+use crate::burst::{BURST_MAX, Burst, ChainFault, HEAD_LEN, HEADER_BYTES, HEADER_LEN};
+use crate::copy::{copy, prefetch, wide_registers};
 use crate::descriptor::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE};
 use crate::device::{AnyRing, DeviceRing, RingFault, either, ring_handle};
 use crate::layout::Layout;
@@ -24,15 +24,24 @@ pub struct RxRing {
     scratch: Scratch,
 }
 
-/// Room for the one frame that is being placed in several pieces.
-#[derive(Default)]
+/// Room for what one burst needs.
 struct Scratch {
+    /// Where the frames go that have one buffer each.
+    targets: Box<[*mut u8; BURST_MAX]>,
+    /// The one frame that is being placed in several pieces.
     pieces: Vec<(*mut u8, u32)>,
     /// Its buffers: (id, slots, bytes).
     buffers: Vec<(u16, u16, u32)>,
 }
 
-// SAFETY: `pieces` holds leftovers between calls that nobody follows.
+impl Default for Scratch {
+    fn default() -> Self {
+        let targets = Box::new([std::ptr::null_mut(); BURST_MAX]);
+        Self { targets, pieces: Vec::new(), buffers: Vec::new() }
+    }
+}
+
+// SAFETY: its pointers are leftovers between calls that nobody follows.
 unsafe impl Send for Scratch {}
 
 /// What became of the frames of one [`RxRing::enqueue`].
@@ -88,7 +97,7 @@ impl RxRing {
     /// On an error the ring must not be used any more; nothing was published.
     #[inline]
     pub fn enqueue(&mut self, burst: &Burst<'_>, select: u64) -> Result<Enqueued, RingFault> {
-        either!(&mut self.ring, ring => enqueue(ring, &mut self.scratch, burst, select))
+        enqueue_any(&mut self.ring, &mut self.scratch, burst, select)
     }
 
     /// Asks the guest for no kicks (it is asked for none when the ring starts; RX rings are never waited for).
@@ -97,7 +106,18 @@ impl RxRing {
     }
 }
 
-#[inline]
+wide_registers! {
+    fn enqueue_any<'m>(
+        ring: &mut AnyRing,
+        scratch: &mut Scratch,
+        burst: &Burst<'m>,
+        select: u64,
+    ) -> Result<Enqueued, RingFault> {
+        either!(ring, ring => enqueue(ring, scratch, burst, select))
+    }
+}
+
+#[inline(always)]
 fn enqueue<L: Layout>(
     ring: &mut DeviceRing<L>,
     scratch: &mut Scratch,
@@ -105,56 +125,128 @@ fn enqueue<L: Layout>(
     select: u64,
 ) -> Result<Enqueued, RingFault> {
     let mut result = Enqueued::default();
-    let mut copies = [(std::ptr::null_mut::<u8>(), 0u8); BURST_MAX];
-    let mut copies_len = 0;
-    let mut left = select & burst.valid();
+    let mut run = Run {
+        at: Cursor { next: ring.next, used: ring.used },
+        left: select & burst.valid(),
+        placed: 0,
+        bytes: 0,
+    };
     ring.begin_burst();
     #[allow(clippy::cast_possible_truncation)]
-    let wanted = left.count_ones() as u16;
+    let wanted = run.left.count_ones() as u16;
     let available = ring.available(wanted)?.min(wanted);
     ring.layout.prefetch(ring.next, available);
-    let shorter = HEADER_BYTES - ring.header_len;
-    let mut at = Cursor { next: ring.next, used: ring.used };
-    while left != 0 {
-        // Merged frames use more buffers than were counted at first, so there may be none.
-        let Some((id, descriptor)) = ring.chain(at.next)? else {
-            result.full += left.count_ones();
+    place_singles(ring, scratch, burst, &mut run)?;
+    // What did not end there is not simply one buffer a frame, in one region.
+    let mut looked = None;
+    while run.left != 0 {
+        let Some((_, descriptor)) = ring.chain(run.at.next)? else {
+            result.full += run.left.count_ones();
             break;
         };
-        let frame = left.trailing_zeros() as usize % BURST_MAX;
-        left &= left - 1;
-        let len = burst.total_len(frame) - shorter;
-        let single = descriptor.flags & (DESC_NEXT | DESC_INDIRECT | DESC_WRITE) == DESC_WRITE;
-        if single
-            && descriptor.len >= len
-            && let Some((start, _)) = ring.translate(descriptor.addr, len)
-        {
-            prefetch(start);
-            prefetch(start.wrapping_add(64));
-            #[allow(clippy::cast_possible_truncation)]
-            let copy = (start, frame as u8);
-            copies[copies_len % BURST_MAX] = copy;
-            copies_len += 1;
-            ring.set_used(at.used, id, len);
-            at = Cursor { next: ring.layout.advance(at.next, 1), used: ring.layout.advance(at.used, 1) };
-            result.bytes += u64::from(len);
-        } else {
-            at = place_frame(ring, scratch, burst, frame, at, &mut result)?;
+        // Perhaps the buffer only lies in another region.
+        if looked.replace(run.at.next) != Some(run.at.next) && ring.look_at(descriptor.addr) {
+            place_singles(ring, scratch, burst, &mut run)?;
+            continue;
         }
+        let frame = run.left.trailing_zeros() as usize % BURST_MAX;
+        run.left &= run.left - 1;
+        run.at = place_frame(ring, scratch, burst, frame, run.at, &mut result)?;
+        place_singles(ring, scratch, burst, &mut run)?;
     }
-    for &(at, frame) in &copies[..copies_len.min(BURST_MAX)] {
-        // SAFETY: `at` was translated for the frame's whole length in `ring.memory`, which `ring` holds.
-        unsafe { copy_frame(burst, frame.into(), at, ring.header_len) };
-    }
+    copy_singles(burst, &scratch.targets, run.placed, ring.header_len);
     ring.check_memory()?;
-    #[allow(clippy::cast_possible_truncation)]
-    let simple = copies_len as u32;
-    result.frames += simple;
-    result.bytes -= u64::from(simple) * u64::from(ring.header_len);
-    if at.used != ring.used {
-        result.call = ring.publish(at.next, at.used);
+    result.frames += run.placed.count_ones();
+    result.bytes += run.bytes;
+    if run.at.used != ring.used {
+        result.call = ring.publish(run.at.next, run.at.used);
     }
     Ok(result)
+}
+
+/// A burst's way into buffers.
+struct Run {
+    at: Cursor,
+    /// Frames without a buffer yet.
+    left: u64,
+    /// Frames that have one buffer each, and where that is: to be copied when all have theirs, so that the lines are on
+    /// their way.
+    placed: u64,
+    /// Their bytes, without header.
+    bytes: u64,
+}
+
+/// Finds buffers for frames as long as each fits one buffer in the region of the one before, which is how nearly all are.
+#[inline(always)]
+fn place_singles<L: Layout>(
+    ring: &mut DeviceRing<L>,
+    scratch: &mut Scratch,
+    burst: &Burst<'_>,
+    run: &mut Run,
+) -> Result<(), RingFault> {
+    // Copies of our own, so that the compiler need not ask whether a guest's memory is ours.
+    let (layout, window, shorter) = (ring.layout, ring.window(), HEADER_BYTES - ring.header_len);
+    let header_len = ring.header_len;
+    let (places, targets) = (burst.places(), &mut *scratch.targets);
+    let first_used = ring.used;
+    let (mut at, mut left, mut bytes) = (run.at, run.left, 0u64);
+    let mut known = ring.known(at.next);
+    while left != 0 && known != 0 {
+        let Some((id, descriptor)) = layout.first(at.next)? else { break };
+        known -= 1;
+        let frame = left.trailing_zeros() as usize % BURST_MAX;
+        let len = places[frame].len.wrapping_sub(shorter);
+        let single = descriptor.flags & (DESC_NEXT | DESC_INDIRECT | DESC_WRITE) == DESC_WRITE;
+        let fits = single && descriptor.len >= len;
+        let Some((start, _)) = window.translate(descriptor.addr, len.into()).filter(|_| fits) else { break };
+        prefetch(start);
+        prefetch(start.wrapping_add(64));
+        targets[frame] = start;
+        left &= left.wrapping_sub(1);
+        if L::FIRST_LAST && at.used == first_used {
+            ring.first_used = (id, len);
+        } else {
+            layout.set_used(at.used, id, len);
+        }
+        at = Cursor { next: layout.advance(at.next, 1), used: layout.advance(at.used, 1) };
+        bytes = bytes.wrapping_add(len.wrapping_sub(header_len).into());
+    }
+    run.placed |= run.left & !left;
+    run.bytes += bytes;
+    (run.at, run.left) = (at, left);
+    Ok(())
+}
+
+/// Writes the frames that have one buffer each.
+#[inline(always)]
+fn copy_singles(burst: &Burst<'_>, targets: &[*mut u8; BURST_MAX], placed: u64, header_len: u32) {
+    let mut left = placed;
+    if let Some((heads, places)) = burst.singles().filter(|_| header_len == HEADER_BYTES) {
+        while left != 0 {
+            let frame = left.trailing_zeros() as usize % BURST_MAX;
+            left &= left.wrapping_sub(1);
+            let (head, place, target) = (&heads[frame].0, places[frame], targets[frame]);
+            let len = place.len as usize;
+            // SAFETY: the target was translated for the frame's whole length, in memory that the ring holds. The head is
+            // ours; the rest is memory that the burst keeps mapped, and may be the same as the target if a guest
+            // arranged for it.
+            unsafe {
+                copy(head.as_ptr(), target, len.min(HEAD_LEN));
+                if len > HEAD_LEN {
+                    let (from, to) = (place.at.wrapping_add(HEAD_LEN), target.add(HEAD_LEN));
+                    crate::copy::prefetch_to_write(to, len.wrapping_sub(HEAD_LEN));
+                    crate::copy::copy_overlapping(from, to, len.wrapping_sub(HEAD_LEN));
+                }
+            }
+        }
+        return;
+    }
+    while left != 0 {
+        let frame = left.trailing_zeros() as usize % BURST_MAX;
+        left &= left.wrapping_sub(1);
+        // SAFETY: the target was translated for the frame's whole length, in memory that the ring holds.
+        unsafe { copy_frame(burst, frame, targets[frame], header_len) };
+    }
 }
 
 /// Places a frame that does not simply fit the buffer at `at`. Returns where to go on.
@@ -200,7 +292,7 @@ fn collect_buffers<L: Layout>(
     len: u32,
     mut at: u16,
 ) -> Result<Placed, RingFault> {
-    let Scratch { pieces, buffers } = scratch;
+    let Scratch { pieces, buffers, .. } = scratch;
     pieces.clear();
     buffers.clear();
     let mut left = len;
@@ -254,7 +346,7 @@ fn scatter(scratch: &Scratch, burst: &Burst<'_>, frame: usize, header_len: u32) 
 ///
 /// # Safety
 /// `at` is valid for writes of the frame's length with a header of `header_len` bytes.
-#[inline]
+#[inline(never)]
 unsafe fn copy_frame(burst: &Burst<'_>, frame: usize, at: *mut u8, header_len: u32) {
     let head = burst.head(frame);
     let gap = HEADER_LEN - header_len as usize;

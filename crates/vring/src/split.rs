@@ -66,7 +66,7 @@ impl SplitRing {
 
     #[inline]
     fn slot(&self, index: u16) -> usize {
-        usize::from(index & (self.size - 1))
+        usize::from(index & self.size.wrapping_sub(1))
     }
 
     #[inline]
@@ -279,6 +279,11 @@ impl Layout for SplitRing {
         }
         *seen = to;
         Ok(available)
+    }
+
+    #[inline]
+    fn known(&self, at: u16, seen: u16) -> u16 {
+        seen.wrapping_sub(at)
     }
 
     #[inline]

@@ -8,8 +8,8 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use crate::RingError;
-use crate::burst::{BURST, BURST_MAX, Burst, ChainFault, FRAME_LEN_MAX, Frames};
-use crate::copy::prefetch;
+use crate::burst::{BURST, Burst, ChainFault, FRAME_LEN_MAX, Frames, HEAD_LEN, HEADER_BYTES, Piece, Taken};
+use crate::copy::{prefetch, wide_registers};
 use crate::descriptor::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor};
 use crate::device::{AnyRing, DeviceRing, RingFault, either, ring_handle};
 use crate::layout::Layout;
@@ -29,13 +29,7 @@ pub struct TxBurst<'m> {
     /// The frames.
     pub burst: Burst<'m>,
     ring: &'m mut AnyRing,
-    taken: Taken,
-}
-
-/// The chains of a burst: (id, slots), one a frame.
-struct Taken {
-    chains: [(u16, u16); BURST_MAX],
-    /// Position behind the last of them.
+    /// Position behind the last of its chains.
     next: u16,
 }
 
@@ -50,12 +44,11 @@ impl TxRing {
     /// On an error the ring must not be used any more.
     #[inline]
     pub fn dequeue<'m>(&'m mut self, frames: &'m mut Frames) -> Result<TxBurst<'m>, RingFault> {
-        let mut taken = Taken { chains: [(0, 0); BURST_MAX], next: 0 };
-        either!(&mut self.ring, ring => dequeue(ring, frames, &mut taken))?;
+        let next = dequeue_any(&mut self.ring, frames)?;
         // SAFETY: every piece in `frames` was translated in the ring's memory, which the ring holds and nobody can
         // replace while the burst borrows it.
         let burst = unsafe { Burst::new(frames) };
-        Ok(TxBurst { burst, ring: &mut self.ring, taken })
+        Ok(TxBurst { burst, ring: &mut self.ring, next })
     }
 
     /// Whether there is something to take, without taking it.
@@ -80,68 +73,107 @@ impl TxRing {
     }
 }
 
-#[inline]
-fn dequeue<L: Layout>(
-    ring: &mut DeviceRing<L>,
-    frames: &mut Frames,
-    taken: &mut Taken,
-) -> Result<(), RingFault> {
+wide_registers! {
+    fn dequeue_any<'m>(ring: &mut AnyRing, frames: &mut Frames) -> Result<u16, RingFault> {
+        either!(ring, ring => dequeue(ring, frames))
+    }
+}
+
+/// Returns the position behind the last chain.
+#[inline(always)]
+fn dequeue<L: Layout>(ring: &mut DeviceRing<L>, frames: &mut Frames) -> Result<u16, RingFault> {
     frames.clear();
     ring.begin_burst();
     let count = ring.available(BURST)?.min(BURST);
     ring.layout.prefetch(ring.next, count);
-    taken.next = fetch_chains(ring, frames, count, &mut taken.chains)?;
-    // SAFETY: every piece in `frames` was translated in `ring.memory` with its whole length, or with the room that it was
-    // pushed with.
+    let next = fetch_chains(ring, frames, count.into())?;
+    // SAFETY: every piece in `frames` was translated in `ring.memory` with its whole length, singles with HEAD_LEN bytes
+    // at least, and with a legacy header there are none.
     unsafe { frames.fetch_heads(ring.header_len) };
     // Also if there is nothing: an index of 0 may be that of a page put in place of a lost one.
-    ring.check_memory()
+    ring.check_memory()?;
+    Ok(next)
 }
 
-/// Descriptors into places. Returns the position behind the last chain.
-#[inline]
+/// Descriptors into places, `count` chains at the most. Returns the position behind the last chain.
+#[inline(always)]
 fn fetch_chains<L: Layout>(
     ring: &mut DeviceRing<L>,
     frames: &mut Frames,
-    count: u16,
-    taken: &mut [(u16, u16); BURST_MAX],
+    count: usize,
 ) -> Result<u16, RingFault> {
-    // From the shortest frame to the longest, the ring's header included.
-    let shortest = ring.header_len + 14;
-    let lengths = FRAME_LEN_MAX - 14;
     let mut at = ring.next;
-    for taken in taken.iter_mut().take(count.into()) {
-        let Some((id, descriptor)) = ring.layout.first(at)? else { break };
-        let single = descriptor.flags & (DESC_NEXT | DESC_WRITE | DESC_INDIRECT) == 0;
-        if single
-            && descriptor.len.wrapping_sub(shortest) <= lengths
-            && let Some((start, room)) = ring.translate(descriptor.addr, descriptor.len)
-        {
-            prefetch(start);
-            prefetch(start.wrapping_add(64));
-            frames.push_single(start, descriptor.len, room);
-            *taken = (id, 1);
-            at = ring.layout.advance(at, 1);
-        } else {
-            *taken = fetch_chain(ring, frames, at, id, descriptor)?;
-            at = ring.layout.advance(at, taken.1);
-            if !frames.has_room() || ring.walked_enough() {
-                break;
-            }
+    // Where a run ended last.
+    let mut ended = None;
+    while frames.len() < count {
+        let Run { fetched, odd } = fetch_singles(ring, &mut at, frames.singles(count))?;
+        frames.push_singles(fetched);
+        let Some((id, descriptor)) = odd else { break };
+        // Perhaps it only lies in another region: then the run goes on there.
+        if ended.replace(at) != Some(at) && ring.look_at(descriptor.addr) {
+            continue;
+        }
+        at = fetch_odd(ring, frames, at, id, descriptor)?;
+        if !frames.has_room() || ring.walked_enough() {
+            break;
         }
     }
     Ok(at)
 }
 
-/// A chain that is not simply one buffer in one region: walks it with every check. Returns its id and slots.
+/// What [`fetch_singles`] did.
+struct Run {
+    fetched: usize,
+    /// The chain that ended the run: id and first descriptor.
+    odd: Option<(u16, Descriptor)>,
+}
+
+/// The chains from `at` on as long as each is one buffer in the region of the one before, which is how nearly all are.
+#[inline(always)]
+fn fetch_singles<'p, L: Layout>(
+    ring: &DeviceRing<L>,
+    at: &mut u16,
+    places: impl Iterator<Item = (&'p mut Piece, &'p mut Taken)>,
+) -> Result<Run, RingFault> {
+    // Copies of our own, so that the compiler need not ask whether a guest's memory is ours.
+    let (layout, window) = (ring.layout, ring.window());
+    // From the shortest frame to the longest, the ring's header included.
+    let shortest = HEADER_BYTES + 14;
+    let mut run = Run { fetched: 0, odd: None };
+    let simple = ring.header_len == HEADER_BYTES;
+    for (place, taken) in places {
+        let Some((id, descriptor)) = layout.first(*at)? else { break };
+        let Descriptor { addr, len, flags, .. } = descriptor;
+        let single = flags & (DESC_NEXT | DESC_WRITE | DESC_INDIRECT) == 0;
+        // Where a head can be read whatever the frame's length.
+        let room = u64::from(len).max(HEAD_LEN as u64);
+        let Some((start, _)) = window
+            .translate(addr, room)
+            .filter(|_| simple && single && len.wrapping_sub(shortest) <= FRAME_LEN_MAX - 14)
+        else {
+            run.odd = Some((id, descriptor));
+            break;
+        };
+        prefetch(start);
+        prefetch(start.wrapping_add(64));
+        *place = Piece { at: start, len };
+        *taken = Taken { id, slots: 1 };
+        *at = layout.advance(*at, 1);
+        run.fetched = run.fetched.wrapping_add(1);
+    }
+    Ok(run)
+}
+
+/// A chain that is not simply one buffer in the region of the one before: walks it with every check. Returns the position
+/// behind it.
 #[inline(never)]
-fn fetch_chain<L: Layout>(
+fn fetch_odd<L: Layout>(
     ring: &mut DeviceRing<L>,
     frames: &mut Frames,
     at: u16,
     id: u16,
     first: Descriptor,
-) -> Result<(u16, u16), RingFault> {
+) -> Result<u16, RingFault> {
     let begun = frames.begin_chain();
     let longest = FRAME_LEN_MAX + ring.header_len;
     let mut len = 0u32;
@@ -150,12 +182,14 @@ fn fetch_chain<L: Layout>(
         len = len.saturating_add(part);
         len <= longest && frames.push_piece(at, part)
     });
+    let (id, slots) = ring.close(chain)?;
+    frames.note_taken(Taken { id, slots });
     match walked {
         Ok(()) if len < ring.header_len + 14 => frames.abandon_chain(begun, ChainFault::Short),
         Ok(()) => frames.end_chain(begun, len),
         Err(fault) => frames.abandon_chain(begun, fault),
     }
-    ring.close(chain)
+    Ok(ring.layout.advance(at, slots))
 }
 
 impl TxBurst<'_> {
@@ -168,23 +202,21 @@ impl TxBurst<'_> {
     /// Returns all chains to the driver. True if it wants to be called.
     #[inline]
     pub fn complete(self) -> bool {
-        let Some(taken) = self.taken.chains.get(..self.burst.len()).filter(|taken| !taken.is_empty()) else {
-            return false;
-        };
-        either!(self.ring, ring => complete(ring, taken, self.taken.next))
+        let taken = self.burst.taken();
+        !taken.is_empty() && either!(self.ring, ring => complete(ring, taken, self.next))
     }
 }
 
 /// Nothing was written into a TX buffer, so its length is 0 (virtio 1.2, 2.7.8).
 #[inline]
-fn complete<L: Layout>(ring: &mut DeviceRing<L>, taken: &[(u16, u16)], next: u16) -> bool {
+fn complete<L: Layout>(ring: &mut DeviceRing<L>, taken: &[Taken], next: u16) -> bool {
     let mut used = ring.used;
-    if let (true, Some((id, _))) = (ring.in_order, taken.last()) {
+    if let (true, Some(last)) = (ring.in_order, taken.last()) {
         // The last one stands for all before it (virtio 1.2, 2.7.9 and 2.8.8).
-        ring.set_used(used, *id, 0);
-        used = taken.iter().fold(used, |at, (_, slots)| ring.layout.advance(at, *slots));
+        ring.set_used(used, last.id, 0);
+        used = taken.iter().fold(used, |at, taken| ring.layout.advance(at, taken.slots));
     } else {
-        for &(id, slots) in taken {
+        for &Taken { id, slots } in taken {
             ring.set_used(used, id, 0);
             used = ring.layout.advance(used, slots);
         }
