@@ -1,10 +1,10 @@
 # Each target gets the machine ready for itself (tests/setup.sh): a bare Debian 12 with Rust will do.
 #
 #   demo    two QEMU guests and the host on one network, ten minutes from a fresh clone
-#   test    all tests
+#   test    all tests, and instructions of a burst against stored values
 #   soak    the tests from outside with the full counts where `test` runs a part of them, those of changing and vanishing
 #           memory under AddressSanitizer, Miri, half an hour a fuzz target
-#   bench   criterion benches, start-up and memory, then the same traffic through vhostd and DPDK
+#   bench   criterion benches, start-up and memory, then the same traffic through vhostd and its peers, and latencies
 #   lint    format, clippy and docs, warnings are errors
 #
 # test and lint build the dev profile, demo, soak and bench the release profile, each once.
@@ -20,6 +20,10 @@ ASAN = RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=0 CARGO_TARGET_DI
 # Undefined behaviour in the rings' logic.
 MIRI = CARGO_TARGET_DIR=$(CARGO_TARGET_DIR)/miri cargo +nightly miri test -p vring --lib
 
+# Instructions of a burst against stored values, under callgrind.
+INSTRUCTIONS = { command -v valgrind || { apt-get update -q && apt-get install -y -q --no-install-recommends valgrind; }; } >/dev/null \
+	&& cargo run -q --release -p benches --bin instructions
+
 .PHONY: demo test soak bench lint
 
 demo:
@@ -31,6 +35,7 @@ test:
 	cargo build --workspace --bins --tests
 	cargo test --workspace
 	$(MODELS)
+	$(INSTRUCTIONS)
 	tests/fuzz/run.sh 20
 
 soak:

@@ -5,76 +5,30 @@
 #![forbid(unsafe_code)]
 #![allow(missing_docs)]
 
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
-
+use benches::side::Side;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
-use vring::driver::{Buffer, DriverMemory, DriverRing, GUEST_BASE};
-use vring::{BURST_MAX, Frames, GuestMemory, RingSetup, RxRing, TxRing, features};
+use vring::driver::GUEST_BASE;
+use vring::{BURST_MAX, Frames, RxRing, TxRing};
 
-const SIZE: u16 = 256;
 const BUFFER: usize = 2048;
-const BUFFERS: usize = 0x1_0000;
 
-/// A ring in memory of its own.
-struct Side {
-    memory: Arc<DriverMemory>,
-    ring: DriverRing,
+/// The same ring for virtio-queue.
+fn queue(side: &Side) -> (GuestMemoryMmap, Queue) {
+    let file = FileOffset::new(std::fs::File::from(side.fd()), 0);
+    let region = MmapRegion::from_file(file, side.memory.len()).expect("mapping");
+    let region = GuestRegionMmap::new(region, GuestAddress(GUEST_BASE)).expect("region");
+    let memory = GuestMemoryMmap::from_regions(vec![region]).expect("memory");
+    let mut queue = Queue::new(side.ring.size()).expect("queue");
+    let [desc, avail, used] = side.ring.area_offsets().map(|at| GUEST_BASE + at as u64);
+    queue.set_desc_table_address(Some(desc as u32), Some((desc >> 32) as u32));
+    queue.set_avail_ring_address(Some(avail as u32), Some((avail >> 32) as u32));
+    queue.set_used_ring_address(Some(used as u32), Some((used >> 32) as u32));
+    queue.set_ready(true);
+    assert!(queue.is_valid(&memory), "the reference takes the ring");
+    (memory, queue)
 }
-
-impl Side {
-    fn new(len: u32, writable: bool) -> Self {
-        let memory = DriverMemory::new(1 << 20).expect("memory");
-        let mut ring = DriverRing::new(&memory, 0, SIZE, 0);
-        ring.fill_each(|i| Buffer { offset: BUFFERS + usize::from(i) * BUFFER, len, writable });
-        ring.publish();
-        ring.recycle();
-        Self { memory, ring }
-    }
-
-    fn fd(&self) -> OwnedFd {
-        self.memory.fd().try_clone_to_owned().expect("descriptor")
-    }
-
-    fn mapped(&self) -> Arc<GuestMemory> {
-        Arc::new(GuestMemory::map(&[(self.memory.region(), self.fd())]).expect("mapping"))
-    }
-
-    fn setup(&self) -> RingSetup {
-        let [desc_user_addr, avail_user_addr, used_user_addr] = self.ring.user_addrs();
-        RingSetup {
-            size: SIZE,
-            desc_user_addr,
-            avail_user_addr,
-            used_user_addr,
-            base: 0,
-            features: 1 << features::VERSION_1 | 1 << features::MRG_RXBUF,
-            kick: None,
-            call: None,
-            err: None,
-            enabled: true,
-        }
-    }
-
-    /// The same ring for virtio-queue.
-    fn queue(&self) -> (GuestMemoryMmap, Queue) {
-        let file = FileOffset::new(std::fs::File::from(self.fd()), 0);
-        let region = MmapRegion::from_file(file, self.memory.len()).expect("mapping");
-        let region = GuestRegionMmap::new(region, GuestAddress(GUEST_BASE)).expect("region");
-        let memory = GuestMemoryMmap::from_regions(vec![region]).expect("memory");
-        let mut queue = Queue::new(SIZE).expect("queue");
-        let [desc, avail, used] = self.ring.area_offsets().map(|at| GUEST_BASE + at as u64);
-        queue.set_desc_table_address(Some(desc as u32), Some((desc >> 32) as u32));
-        queue.set_avail_ring_address(Some(avail as u32), Some((avail >> 32) as u32));
-        queue.set_used_ring_address(Some(used as u32), Some((used >> 32) as u32));
-        queue.set_ready(true);
-        assert!(queue.is_valid(&memory), "the reference takes the ring");
-        (memory, queue)
-    }
-}
-
 fn ours(a: &mut Side, b: &mut Side) -> impl FnMut() {
     let mut tx = TxRing::start(a.setup(), &a.mapped()).expect("TX ring");
     let mut rx = RxRing::start(b.setup(), &b.mapped()).expect("RX ring");
@@ -90,7 +44,7 @@ fn ours(a: &mut Side, b: &mut Side) -> impl FnMut() {
 }
 
 fn reference(a: &mut Side, b: &mut Side) -> impl FnMut() {
-    let ((from, mut tx), (to, mut rx)) = (a.queue(), b.queue());
+    let ((from, mut tx), (to, mut rx)) = (queue(a), queue(b));
     let mut bytes = [0; BUFFER];
     move || {
         for _ in 0..BURST_MAX {
@@ -114,7 +68,7 @@ fn ring(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("ring");
     group.throughput(Throughput::Elements(BURST_MAX as u64));
     for len in [64u32, 512, 1500] {
-        let sides = || (Side::new(len + 12, false), Side::new(BUFFER as u32, true));
+        let sides = || (Side::new(len + 12, false, 0), Side::new(BUFFER as u32, true, 0));
         group.bench_function(BenchmarkId::new("vhostd", len), |bencher| {
             let (mut a, mut b) = sides();
             bencher.iter(ours(&mut a, &mut b));

@@ -10,6 +10,7 @@ pub mod figures;
 mod limit;
 pub mod machine;
 pub mod plot;
+pub mod side;
 pub mod traffic;
 pub mod watch;
 
