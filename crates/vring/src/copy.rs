@@ -34,14 +34,14 @@ pub(crate) fn prefetch_to_write(at: *const u8, len: usize) {
 /// Defines a function twice, once for any processor and once for those with wider registers (x86-64-v3), where a copy of
 /// a line takes two loads instead of four, and picks one at each call. What it calls is compiled likewise if inlined.
 macro_rules! wide_registers {
-    ($(#[$meta:meta])* fn $name:ident<'m>($($arg:ident: $type:ty),* $(,)?) -> $result:ty { $body:expr }) => {
+    ($(#[$meta:meta])* fn $name:ident($($arg:ident: $type:ty),* $(,)?) -> $result:ty { $body:expr }) => {
         $(#[$meta])*
         #[inline]
-        fn $name<'m>($($arg: $type),*) -> $result {
+        fn $name($($arg: $type),*) -> $result {
             #[cfg(all(target_arch = "x86_64", not(miri)))]
             {
                 #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
-                fn wide<'m>($($arg: $type),*) -> $result {
+                fn wide($($arg: $type),*) -> $result {
                     $body
                 }
                 if crate::copy::has_wide_registers() {

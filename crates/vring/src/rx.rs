@@ -107,10 +107,10 @@ impl RxRing {
 }
 
 wide_registers! {
-    fn enqueue_any<'m>(
+    fn enqueue_any(
         ring: &mut AnyRing,
         scratch: &mut Scratch,
-        burst: &Burst<'m>,
+        burst: &Burst<'_>,
         select: u64,
     ) -> Result<Enqueued, RingFault> {
         either!(ring, ring => enqueue(ring, scratch, burst, select))

@@ -74,7 +74,7 @@ impl TxRing {
 }
 
 wide_registers! {
-    fn dequeue_any<'m>(ring: &mut AnyRing, frames: &mut Frames) -> Result<u16, RingFault> {
+    fn dequeue_any(ring: &mut AnyRing, frames: &mut Frames) -> Result<u16, RingFault> {
         either!(ring, ring => dequeue(ring, frames))
     }
 }
