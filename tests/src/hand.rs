@@ -10,7 +10,7 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use vhost_user::{Bells, FrontEnd, FrontEndError, RingPlace};
 use vring::driver::{DriverMemory, DriverRing, GUEST_BASE};
-use vring::{DESC_WRITE, Descriptor, HEADER_LEN, features};
+use vring::{DESC_NEXT, DESC_WRITE, Descriptor, HEADER_LEN, features};
 
 use crate::inproc::until;
 use crate::peer::{MODERN, PROTOCOL, header_len};
@@ -64,8 +64,27 @@ pub struct HandRing {
     pub bells: Bells,
     /// Vring index.
     pub index: u16,
-    /// The next available entry to fill.
+    /// The next available entry to fill; of a packed ring the position of the next descriptor.
     pub avail: u16,
+    packed: bool,
+}
+
+/// Flags of a descriptor in a packed ring (virtio 1.2, 2.8.1): whose it is, in comparison with a wrap counter.
+pub const DESC_AVAIL: u16 = 1 << 7;
+/// As [`DESC_AVAIL`].
+pub const DESC_USED: u16 = 1 << 15;
+/// Wrap counter in a position.
+pub const WRAP: u16 = 1 << 15;
+
+/// The position `slots` descriptors on in a packed ring of `size`.
+pub fn after(at: u16, slots: u16, size: u16) -> u16 {
+    let index = (at & !WRAP) + slots;
+    if index < size { at & WRAP | index } else { (at & WRAP ^ WRAP) | (index - size) }
+}
+
+/// The flags that make the descriptor at a position available.
+pub fn available(at: u16) -> u16 {
+    if at & WRAP == 0 { DESC_USED } else { DESC_AVAIL }
 }
 
 /// A buffer that the device reads, by its offset in the memory.
@@ -121,15 +140,19 @@ impl Hand {
         ring.want_no_call();
         let place = RingPlace { size, user_addrs: ring.user_addrs(), base: ring.start() };
         let bells = self.front.start_ring(index, place)?;
-        Ok(HandRing { ring, bells, index, avail: 0 })
+        let packed = self.front.features() & 1 << features::RING_PACKED != 0;
+        Ok(HandRing { avail: ring.start(), ring, bells, index, packed })
     }
 
     /// Stops ring `index` and sets it up again, empty.
     pub fn restart(&mut self, index: u16) -> Result<(), FrontEndError> {
-        let at = usize::from(index);
-        let size = self.rings[at].ring.size();
+        self.resize(index, self.rings[usize::from(index)].ring.size())
+    }
+
+    /// The same with another size.
+    pub fn resize(&mut self, index: u16, size: u16) -> Result<(), FrontEndError> {
         self.front.stop_ring(index)?;
-        self.rings[at] = self.start(index, size)?;
+        self.rings[usize::from(index)] = self.start(index, size)?;
         Ok(())
     }
 
@@ -169,9 +192,14 @@ impl Hand {
     pub fn send(&mut self, index: u16, header: &[u8; HEADER_LEN], frame: &[u8]) -> Result<()> {
         let descriptor = self.put(BUFFERS, header, frame);
         let ring = &mut self.rings[usize::from(index)];
-        ring.ring.set_descriptor(0, descriptor);
-        ring.post(0);
-        ring.expect_used()?;
+        if ring.packed {
+            let at = ring.post_chain(0, &[descriptor]);
+            ring.expect_used_at(at)?;
+        } else {
+            ring.ring.set_descriptor(0, descriptor);
+            ring.post(0);
+            ring.expect_used()?;
+        }
         Ok(())
     }
 
@@ -223,6 +251,46 @@ impl HandRing {
     /// Used element number `index`.
     pub fn used(&self, index: u16) -> (u32, u32) {
         self.ring.used_before(index.wrapping_neg())
+    }
+
+    /// Packed ring: offers a chain with this id, and kicks; returns its position.
+    pub fn post_chain(&mut self, id: u16, chain: &[Descriptor]) -> u16 {
+        let at = self.post_chains_silently(&[(id, chain)]);
+        self.kick();
+        at
+    }
+
+    /// Packed ring: offers chains with these ids at one go, the first descriptor last, and says nothing. All but the last
+    /// descriptor of each get NEXT. Returns the position of the first.
+    pub fn post_chains_silently(&mut self, chains: &[(u16, &[Descriptor])]) -> u16 {
+        let begin = self.avail;
+        let mut first = None;
+        for (id, chain) in chains {
+            for (i, descriptor) in chain.iter().enumerate() {
+                let next = if i + 1 < chain.len() { DESC_NEXT } else { 0 };
+                let flags = descriptor.flags | next | available(self.avail);
+                let descriptor = Descriptor { flags, next: *id, ..*descriptor };
+                if first.is_none() {
+                    first = Some(descriptor);
+                } else {
+                    self.ring.set_packed(self.avail, descriptor);
+                }
+                self.avail = after(self.avail, 1, self.ring.size());
+            }
+        }
+        if let Some(first) = first {
+            self.ring.set_packed(begin, first);
+        }
+        begin
+    }
+
+    /// Packed ring: waits until a descriptor is used; returns (id, bytes written).
+    pub fn expect_used_at(&self, at: u16) -> Result<(u16, u32)> {
+        let used = if at & WRAP == 0 { 0 } else { DESC_AVAIL | DESC_USED };
+        let flags = || self.ring.packed(at).flags & (DESC_AVAIL | DESC_USED);
+        until("the descriptor to be used", || flags() == used)?;
+        let descriptor = self.ring.packed(at);
+        Ok((descriptor.next, descriptor.len))
     }
 
     /// Waits for the signal that the ring broke.
