@@ -113,7 +113,7 @@ impl TcpStream {
         let document = output.stdout.rfind("\n{").map_or(output.stdout.as_str(), |at| &output.stdout[at..]);
         let result: Value = serde_json::from_str(document).context("iperf3's result")?;
         let rate = result["end"]["sum_received"]["bits_per_second"].as_f64();
-        Ok(rate.context("iperf3's result has no rate")? / 1e9)
+        Ok(rate.with_context(|| format!("iperf3's result has no rate: {document}"))? / 1e9)
     }
 }
 
