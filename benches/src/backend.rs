@@ -96,7 +96,7 @@ impl Backend {
         }
         backend.wait_for(&backend.sockets())?;
         if kind == Kind::OvsFlows {
-            ovs::add_flows(backend.dir.path())?;
+            ovs::add_flows(&mut backend)?;
         }
         Ok(backend)
     }

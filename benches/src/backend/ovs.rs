@@ -33,10 +33,13 @@ pub(super) fn start(backend: &mut Backend, shape: &Shape) -> Result<()> {
 }
 
 /// One rule each way between two ports.
-pub(super) fn add_flows(dir: &Path) -> Result<()> {
-    let bridge = format!("unix:{}", dir.join("br.mgmt").display());
+pub(super) fn add_flows(backend: &mut Backend) -> Result<()> {
+    let dir = backend.dir.path().to_path_buf();
+    let socket = dir.join("br.mgmt");
+    backend.wait_for(std::slice::from_ref(&socket))?;
+    let bridge = format!("unix:{}", socket.display());
     for flow in ["table=0,in_port=1,actions=output:2", "table=0,in_port=2,actions=output:1"] {
-        run(at(Command::new("ovs-ofctl"), dir).args(["add-flow", &bridge, flow]))?;
+        run(at(Command::new("ovs-ofctl"), &dir).args(["add-flow", &bridge, flow]))?;
     }
     Ok(())
 }
