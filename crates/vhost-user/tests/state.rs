@@ -220,3 +220,42 @@ fn a_new_base_moves_a_running_ring() {
     direct.accepted(id::SET_VRING_BASE, &state(0, 5), &[]);
     assert_eq!(direct.device.notes().running[&0].base(), 5);
 }
+
+/// Sizes and bases of packed rings: any size, and a position in each half, of which the upper one is where used descriptors
+/// are written. Whether a base lies in the ring is known when the ring starts.
+#[test]
+fn sizes_and_bases_of_packed_rings() {
+    let memory = Memory::new(0);
+    let mut device = Recorder::default();
+    device.features |= RING_PACKED;
+    let session = Session::new(device.offer());
+    let mut direct = Direct { session, device, grave: Grave::new() };
+    direct.accepted(id::SET_PROTOCOL_FEATURES, &REPLY_ACK.to_ne_bytes(), &[]);
+    direct.refused(id::SET_VRING_NUM, &state(0, 100), &[]);
+    direct.set_up(&memory);
+    let packed = (OFFERED | RING_PACKED).to_ne_bytes();
+    direct.refused(id::SET_FEATURES, &packed, &[]);
+    direct.send(id::GET_VRING_BASE, &state(0, 0), &[]).unwrap();
+    direct.accepted(id::SET_FEATURES, &packed, &[]);
+    for size in [0, 32_769, 0x1_0040] {
+        direct.refused(id::SET_VRING_NUM, &state(0, size), &[]);
+    }
+    direct.accepted(id::SET_VRING_NUM, &state(0, 100), &[]);
+    for base in [0x8000_8000, 0x8063_8063, 0x0063_0063, 0x8000] {
+        direct.accepted(id::SET_VRING_BASE, &state(0, base), &[]);
+        direct.accepted(id::SET_VRING_KICK, &256u64.to_ne_bytes(), &[]);
+        let at = base & 0xffff;
+        assert_eq!(direct.device.notes().running[&0].base(), at | at << 16, "{base:#x}");
+        direct.device.notes().stop_at = Some(base);
+        assert_eq!(direct.send(id::GET_VRING_BASE, &state(0, 0), &[]).unwrap(), state(0, base));
+    }
+    for base in [100, 0x8064, 0x7fff, 0xffff_ffff] {
+        direct.accepted(id::SET_VRING_BASE, &state(0, base), &[]);
+        direct.refused(id::SET_VRING_KICK, &256u64.to_ne_bytes(), &[]);
+        assert!(!direct.running(), "{base:#x}");
+        direct.send(id::GET_VRING_BASE, &state(0, 0), &[]).unwrap();
+    }
+    direct.accepted(id::SET_VRING_BASE, &state(0, 0x8000), &[]);
+    direct.accepted(id::SET_VRING_KICK, &256u64.to_ne_bytes(), &[]);
+    assert!(direct.running());
+}

@@ -43,6 +43,9 @@ pub const STATUS: u64 = 1 << 16;
 pub const PROTOCOL_OFFERED: u64 =
     MQ | RARP | REPLY_ACK | NET_MTU | BACKEND_REQ | CONFIG | RESET_DEVICE | MEM_SLOTS | STATUS;
 
+/// Not offered by most.
+pub const RING_PACKED: u64 = 1 << 34;
+
 /// How long anything may take that should happen soon.
 pub const SOON: Duration = Duration::from_secs(10);
 
@@ -82,6 +85,8 @@ pub struct Notes {
 pub struct Recorder {
     notes: Arc<Mutex<Notes>>,
     queue_pairs: u16,
+    /// Offered: [`OFFERED`], and more if a test says so.
+    pub features: u64,
 }
 
 impl Default for Recorder {
@@ -92,7 +97,7 @@ impl Default for Recorder {
 
 impl Recorder {
     pub fn with_queue_pairs(queue_pairs: u16) -> Self {
-        Self { notes: Arc::default(), queue_pairs }
+        Self { notes: Arc::default(), queue_pairs, features: OFFERED }
     }
 
     pub fn notes(&self) -> MutexGuard<'_, Notes> {
@@ -114,7 +119,7 @@ impl Recorder {
 
 impl Device for Recorder {
     fn offer(&self) -> Offer {
-        Offer { features: OFFERED, protocol_features: PROTOCOL_OFFERED, queue_pairs: self.queue_pairs }
+        Offer { features: self.features, protocol_features: PROTOCOL_OFFERED, queue_pairs: self.queue_pairs }
     }
 
     fn config(&self) -> NetConfig {
