@@ -25,7 +25,7 @@ pub struct LightConfig {
     /// Bytes between two buffers. Without any, buffers of a power of two share few sets of a cache.
     pub buffer_gap: u32,
     /// If not 0: [`LightGuest::recycle`] numbers the frames that it sends, 0 up to this and again, in the last three
-    /// bytes of both addresses, as if so many stations of each side talked in pairs.
+    /// bytes of both addresses, as if so many stations of each side talked in pairs. Split rings only.
     pub stations: u32,
     /// Features to acknowledge if offered (PROTOCOL_FEATURES is added).
     pub features: u64,
@@ -282,12 +282,13 @@ impl LightPair {
     fn number_frames(&mut self, memory: &DriverMemory, stride: usize, stations: u32) {
         let back = self.tx.used_idx();
         while self.station_buffer != back {
-            let buffer = usize::from(self.station_buffer % self.tx.size());
+            // A split ring's size is a power of two.
+            let buffer = usize::from(self.station_buffer & (self.tx.size() - 1));
             let frame = self.tx_buffers + buffer * stride + HEADER_LEN;
             let number = &self.station.to_be_bytes()[1..];
             memory.write(frame + 3, number);
             memory.write(frame + 9, number);
-            self.station = (self.station + 1) % stations;
+            self.station = if self.station + 1 < stations { self.station + 1 } else { 0 };
             self.station_buffer = self.station_buffer.wrapping_add(1);
         }
     }
