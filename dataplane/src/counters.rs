@@ -17,6 +17,12 @@ impl Count {
         }
     }
 
+    /// As [`Self::add`] where only one thread at a time writes: no locked instruction.
+    #[inline]
+    pub(crate) fn add_alone(&self, n: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
     pub(crate) fn read(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
@@ -42,6 +48,17 @@ impl RingCounters {
             self.frames.add(frames);
             self.bytes.add(bytes);
             self.gso_frames.add(gso_frames);
+        }
+    }
+
+    /// As [`Self::burst`], by whoever holds the ring's lock, or alone polls the queue.
+    #[inline]
+    pub(crate) fn burst_alone(&self, frames: u64, bytes: u64, gso_frames: u64) {
+        if frames != 0 {
+            self.bursts.add_alone(1);
+            self.frames.add_alone(frames);
+            self.bytes.add_alone(bytes);
+            self.gso_frames.add_alone(gso_frames);
         }
     }
 

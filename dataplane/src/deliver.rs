@@ -147,7 +147,7 @@ impl Deliverer {
         match ring.enqueue(burst, select) {
             Ok(done) => {
                 let gso = if self.plain { 0 } else { gso_frames(burst, select) };
-                counters.burst(done.frames.into(), done.bytes, gso.min(done.frames.into()));
+                counters.burst_alone(done.frames.into(), done.bytes, gso.min(done.frames.into()));
                 if done.full | done.too_small | done.malformed | done.unmapped != 0 {
                     counters.drop(DropReason::GuestRxRingFull, done.full.into());
                     counters.drop(DropReason::GuestBufferTooSmall, done.too_small.into());

@@ -121,7 +121,7 @@ pub(crate) fn forward(ingress: &Ingress<'_>, burst: &mut Burst<'_>, deliverer: &
     let mut class = Classifier::new(ingress);
     class.classify(burst);
     let frames = burst.len() as u64;
-    ingress.counters.burst(frames, class.bytes, class.gso_frames);
+    ingress.counters.burst_alone(frames, class.bytes, class.gso_frames);
     deliverer.plain = class.offloads == 0;
     deliverer.longest = class.longest;
     if class.flooded == 0 {

@@ -352,7 +352,7 @@ impl Worker {
         } else {
             // A disabled TX ring is to be drained without effect (vhost-user specification, "Ring states").
             let frames = burst.burst.len() as u64;
-            counters.burst(frames, 0, 0);
+            counters.burst_alone(frames, 0, 0);
             counters.drop(DropReason::GuestTxRingDisabled, frames);
             frames
         };

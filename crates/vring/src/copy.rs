@@ -14,21 +14,16 @@ pub(crate) fn prefetch(at: *const u8) {
     let _ = at;
 }
 
-/// Asks the cache for the lines of `len` bytes at `at`, to be written. A copy that finds its target in the nearest cache
-/// need not wait for each line in turn.
+/// Asks the cache for the line at `at`, to be written.
 #[inline(always)]
-pub(crate) fn prefetch_to_write(at: *const u8, len: usize) {
+pub(crate) fn prefetch_to_write(at: *const u8) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
-    for line in (0..len).step_by(64) {
-        // SAFETY: as in `prefetch`.
-        unsafe {
-            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(
-                at.wrapping_add(line).cast(),
-            );
-        }
+    // SAFETY: as in `prefetch`; a processor that does not know the hint ignores it.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(at.cast());
     }
     #[cfg(not(all(target_arch = "x86_64", not(miri))))]
-    let _ = (at, len);
+    let _ = at;
 }
 
 /// Defines a function twice, once for any processor and once for those with wider registers (x86-64-v3), where a copy of

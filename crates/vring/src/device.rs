@@ -154,9 +154,11 @@ impl<L: Layout> DeviceRing<L> {
     /// The chain at position `at`, its id and first descriptor; `None` if none is available there.
     #[inline]
     pub(crate) fn chain(&mut self, at: u16) -> Result<Option<(u16, Descriptor)>, RingFault> {
-        let before = at.wrapping_sub(self.next);
-        if self.available(before.wrapping_add(1))? <= before {
-            return Ok(None);
+        if self.known(at) == 0 {
+            let before = at.wrapping_sub(self.next);
+            if self.available(before.wrapping_add(1))? <= before {
+                return Ok(None);
+            }
         }
         self.layout.first(at)
     }

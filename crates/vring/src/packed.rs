@@ -158,6 +158,21 @@ impl PackedRing {
         self.flags(at) & (DESC_AVAIL | DESC_USED) == used_flags(at)
     }
 
+    /// One address in each line of `count` descriptors from `at` on: four are in a line.
+    #[inline]
+    fn lines(&self, at: u16, count: u16) -> impl Iterator<Item = *const u8> {
+        (0..count.min(self.size)).step_by(4).map(move |ahead| {
+            let index = usize::from(self.advance(at, ahead) & !WRAP);
+            self.desc.wrapping_add(2 * index).cast()
+        })
+    }
+
+    /// Asks the cache for descriptors that are going to be written.
+    #[inline]
+    pub(crate) fn prefetch_to_write(&self, at: u16, count: u16) {
+        self.lines(at, count).for_each(crate::copy::prefetch_to_write);
+    }
+
     fn used_word(at: u16, id: u16, len: u32) -> u64 {
         // Virtio 1.2, 2.8.4: WRITE tells that the length means something.
         let write = if len == 0 { 0 } else { DESC_WRITE };
@@ -265,10 +280,11 @@ impl Layout for PackedRing {
         self.advance(at, slots)
     }
 
-    /// There is no index: only a look at each descriptor tells.
+    /// There is no index: only a look at each descriptor tells. If the first is not there, none is, and the lines behind
+    /// it are better left to the driver that is writing them.
     #[inline]
-    fn available(&self, _: u16, _: &mut u16, wanted: u16) -> Result<u16, RingFault> {
-        Ok(wanted)
+    fn available(&self, next: u16, _: &mut u16, wanted: u16) -> Result<u16, RingFault> {
+        Ok(if self.is_available(next) { wanted } else { 0 })
     }
 
     #[inline]
@@ -276,9 +292,10 @@ impl Layout for PackedRing {
         u16::MAX
     }
 
-    /// Descriptors lie one behind the other, which caches see by themselves.
     #[inline]
-    fn prefetch(&self, _: u16, _: u16) {}
+    fn prefetch(&self, at: u16, count: u16) {
+        self.lines(at, count).for_each(crate::copy::prefetch);
+    }
 
     #[inline]
     fn first(&self, at: u16) -> Result<Option<(u16, Descriptor)>, RingFault> {

@@ -39,6 +39,9 @@ pub struct DriverRing {
     filled: Vec<u64>,
 }
 
+/// Descriptors that [`DriverRing::recycle`] asks the cache for.
+const RECYCLE_AHEAD: u16 = 64;
+
 /// The ring in memory.
 enum Words {
     Split(SplitRing),
@@ -331,6 +334,9 @@ impl DriverRing {
                 let mut count = 0;
                 // Ids are the numbers of the descriptors, so an element says how far it stands for others before it.
                 let mut last = None;
+                if ring.is_used(self.used) {
+                    ring.prefetch_to_write(self.used, RECYCLE_AHEAD);
+                }
                 while count < ring.size() && (last.is_some() || ring.is_used(self.used)) {
                     let id = last.unwrap_or_else(|| ring.descriptor(self.used).next);
                     let index = self.avail & !WRAP;
