@@ -59,6 +59,24 @@ fn two_queues_jumbo_frames_and_a_reboot() {
     net.smaller_mtu(one).unwrap();
 }
 
+#[test]
+fn a_guest_with_packed_rings_beside_one_without() {
+    let mut net = Net::start(&[]).unwrap();
+    net.guests[0].properties = &["vectors=0", "packed=on"];
+    let [mut one, two] = net.guests.each_ref().map(|guest| guest.boot(&net.daemon).unwrap());
+    assert_eq!([&one, &two].map(|guest| has_packed_rings(guest).unwrap()), [true, false]);
+    net.pings(&one, &two).unwrap();
+    net.streams(&one, &two).unwrap();
+    net.reboot_one(&mut one, &two).unwrap();
+
+    // Nothing in a packed ring says where a back end that is gone was, and QEMU, which has asked it in vain, gives the next
+    // one the position of its own start. So frames do not flow again until the guest sets its card up anew.
+    net.daemon.kill_and_restart().unwrap();
+    net.daemon.wait_for_forwarding(&PLUGS).unwrap();
+    ping(&two, HOST, "").unwrap();
+    net.reboot_one(&mut one, &two).unwrap();
+}
+
 /// The daemon with a network of two guests and an uplink.
 struct Net {
     daemon: Daemon,
@@ -277,13 +295,22 @@ impl Net {
 
     /// Each guest is reset while the other looks on.
     fn reboot(&self, one: &mut Guest, two: &mut Guest) -> Result<()> {
-        one.reset()?;
-        self.guests[0].configure(one)?;
-        self.pings(one, two)?;
+        self.reboot_one(one, two)?;
         two.reset()?;
         self.guests[1].configure(two)?;
         self.pings(one, two)
     }
+
+    fn reboot_one(&self, one: &mut Guest, two: &Guest) -> Result<()> {
+        one.reset()?;
+        self.guests[0].configure(one)?;
+        self.pings(one, two)
+    }
+}
+
+/// Whether the guest has negotiated packed rings: bit 34, as one of the digits.
+fn has_packed_rings(guest: &Guest) -> Result<bool> {
+    Ok(guest.check("cat /sys/class/net/eth0/device/features")?.as_bytes().get(34) == Some(&b'1'))
 }
 
 /// IP fragments that a guest has made (RFC 4293, ipSystemStatsOutFragCreates).
