@@ -6,7 +6,7 @@ cd "$(dirname "$(realpath "$0")")/../.."
 seconds=${1:?how many seconds for each target}
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}/fuzz
 
-for target in codec session split_tx split_rx header; do
+for target in codec session split_tx split_rx packed_tx packed_rx header; do
     echo "fuzz: $target for $seconds s" >&2
     mkdir -p "tests/fuzz/corpus/$target"
     log=$(mktemp)

@@ -3,6 +3,7 @@
 use vring::{Descriptor, features};
 
 use crate::Input;
+use crate::model::packed::{AVAIL, Packed, Place, USED};
 use crate::model::{Model, Rig, noise, regions};
 
 const TABLES: u64 = 0x800;
@@ -89,4 +90,60 @@ fn descriptor(model: &Model, input: &mut Input<'_>) -> Descriptor {
     };
     let len = if kind == 0xff { len.rotate_right(8) } else { len };
     Descriptor { addr, len, flags, next }
+}
+
+/// The same of a packed ring.
+pub struct PackedDriver {
+    pub packed: Packed,
+    avail: Place,
+}
+
+impl PackedDriver {
+    pub fn new(input: &mut Input<'_>) -> Self {
+        let size = 1 + u16::from(input.byte() % 40);
+        let bits = input.byte();
+        let known = [
+            features::INDIRECT_DESC,
+            features::MRG_RXBUF,
+            features::VERSION_1,
+            features::EVENT_IDX,
+            features::IN_ORDER,
+        ];
+        let features = (0..).zip(known).filter(|(i, _)| bits >> i & 1 != 0).map(|(_, bit)| 1u64 << bit).sum();
+        let base = input.word();
+        let avail = Place::of(base & 0x8000 | (base & 0x7fff) % size);
+        let cut = 1 + usize::from(input.byte()) * 32;
+        let gap = u64::from(input.byte() % 3);
+        let parts = [(BUFFERS as usize, 0), (cut, gap), (IMAGE - BUFFERS as usize - cut, gap / 2)];
+        Self { packed: Packed::new(noise(IMAGE, 1), regions(&parts), size, features, avail.bits()), avail }
+    }
+
+    /// One step.
+    pub fn step(&mut self, input: &mut Input<'_>) -> Step {
+        let size = self.packed.size();
+        match input.byte() % 6 {
+            // The next descriptor, mostly of this lap.
+            0 | 1 => {
+                let mut d = descriptor(&self.packed.rig.model, input);
+                let whose = if self.avail.wrap { AVAIL } else { USED };
+                d.flags = d.flags & 7 | if d.flags & 0xf0 == 0xf0 { AVAIL | USED } else { whose };
+                // All ids there are, and one more.
+                d.next %= size + 1;
+                self.packed.put_descriptor(16 * usize::from(self.avail.index), d);
+                self.avail = self.avail.after(1, size);
+            }
+            2 => {
+                let slot = usize::from(input.byte());
+                let d = descriptor(&self.packed.rig.model, input);
+                self.packed.put_descriptor(TABLES as usize + 15 * (slot % 128), d);
+            }
+            3 => self.packed.put_event(input.word(), input.byte().into()),
+            4 => {
+                let at = usize::from(input.word());
+                self.packed.rig.model.image[at] = input.byte();
+            }
+            _ => return Step::Turn,
+        }
+        Step::Done
+    }
 }

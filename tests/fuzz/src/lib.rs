@@ -6,6 +6,7 @@
 //! | `session` | messages with descriptors | rings start and stop in turn; no descriptor stays |
 //! | `split_tx` | what a driver does, step by step | chains, frames and all memory as the model has them |
 //! | `split_rx` | the same, and frames | the same; behind the used length nothing is touched |
+//! | `packed_tx`, `packed_rx` | the same with a packed ring | the same |
 //! | `header` | virtio-net header and frame | what passes is true; segments are the frame again |
 //!
 //! `cargo +nightly fuzz run --fuzz-dir tests/fuzz TARGET tests/fuzz/corpus/TARGET tests/fuzz/seeds/TARGET`: what is found
