@@ -1,6 +1,6 @@
 //! Delivery: frames of a burst that have one destination go into its RX ring or its TAP.
 //!
-//! The virtio-net header travels as it is when the destination negotiated what it asks for. When not, the frame is
+//! The virtio-net header travels as it is when the destination takes what it asks for. When not, the frame is
 //! gathered into private memory, its checksum completed or the frame segmented there, and the result delivered as a
 //! burst of its own: slow, and only then.
 
@@ -14,7 +14,7 @@ use wire::{Offloads, VnetHeader, flow_hash};
 use crate::counters::RingCounters;
 use crate::drops::DropReason;
 use crate::events::Events;
-use crate::port::{Guest, Port, PortLink, RingSlot, Tap};
+use crate::port::{Guest, Port, PortLink, RingSlot, Tap, TapPort};
 
 /// What a worker needs to deliver. One per worker.
 pub(crate) struct Deliverer {
@@ -56,7 +56,7 @@ impl Deliverer {
         let select = if self.longest > port.frame_max() { fitting(port, burst, select) } else { select };
         match &port.link {
             PortLink::Guest(guest) => self.guest(port, guest, burst, select),
-            PortLink::Tap(tap) => self.tap(tap, burst, select),
+            PortLink::Tap(tap) => self.tap(port, tap, burst, select),
         }
     }
 
@@ -91,8 +91,22 @@ impl Deliverer {
         if self.plain {
             return self.enqueue(port, &pair.rx, queue, burst, select);
         }
-        let accepts = guest.accepts();
-        // Frames that need no help go as they are, in runs between those that do, so that order is kept.
+        self.offloaded(port, guest.accepts(), burst, select, |own, burst, select| {
+            own.enqueue(port, &pair.rx, queue, burst, select);
+        });
+    }
+
+    /// Gives `put` what a receiver that takes `accepts` can have of the selected frames. Those that need no help go as
+    /// they are, in runs between those that do, so that order is kept.
+    #[inline(never)]
+    fn offloaded(
+        &mut self,
+        port: &Port,
+        accepts: Offloads,
+        burst: &Burst<'_>,
+        select: u64,
+        put: impl Fn(&mut Self, &Burst<'_>, u64),
+    ) {
         let mut run = 0;
         for frame in each(select) {
             if accepts.contains(VnetHeader::from_bytes(burst.header(frame)).needs()) {
@@ -100,26 +114,25 @@ impl Deliverer {
                 continue;
             }
             if run != 0 {
-                self.enqueue(port, &pair.rx, queue, burst, std::mem::take(&mut run));
+                put(self, burst, std::mem::take(&mut run));
             }
-            self.help(port, &pair.rx, queue, burst, frame, accepts);
+            self.help(port, accepts, burst, frame, &put);
         }
         if run != 0 {
-            self.enqueue(port, &pair.rx, queue, burst, run);
+            put(self, burst, run);
         }
     }
 
-    /// Does for one frame what its receiver did not negotiate. A segment is held against the receiver's MTU as if its
+    /// Does for one frame what its receiver does not take. A segment is held against the receiver's MTU as if its
     /// sender had made it.
     #[inline(never)]
     fn help(
         &mut self,
         port: &Port,
-        slot: &RingSlot<RxRing>,
-        queue: u16,
+        accepts: Offloads,
         burst: &Burst<'_>,
         frame: usize,
-        accepts: Offloads,
+        put: impl Fn(&mut Self, &Burst<'_>, u64),
     ) {
         let mut software = std::mem::take(&mut self.software);
         if software.take(burst, frame, accepts) {
@@ -128,10 +141,10 @@ impl Deliverer {
                     .frames
                     .load(parts.iter().map(|part| (&part.header, &software.bytes[part.start..part.end])));
                 let select = fitting(port, &made, made.valid());
-                self.enqueue(port, slot, queue, &made, select);
+                put(self, &made, select);
             }
         } else {
-            slot.counters().drop(DropReason::GsoUnsupported, 1);
+            port.counters.drop(DropReason::GsoUnsupported, 1);
         }
         self.software = software;
     }
@@ -175,9 +188,17 @@ impl Deliverer {
         }
     }
 
-    /// A TAP takes every offload, since the kernel behind it does.
-    fn tap(&mut self, tap: &Tap, burst: &Burst<'_>, select: u64) {
+    fn tap(&mut self, port: &Port, tap: &Tap, burst: &Burst<'_>, select: u64) {
         let Some(queue) = tap.queues.get(self.worker as usize % tap.queues.len().max(1)) else { return };
+        if self.plain {
+            return self.write(queue, burst, select);
+        }
+        self.offloaded(port, tap.accepts, burst, select, |own, burst, select| {
+            own.write(queue, burst, select);
+        });
+    }
+
+    fn write(&mut self, queue: &TapPort, burst: &Burst<'_>, select: u64) {
         let (mut frames, mut bytes, mut gso) = (0, 0, 0);
         for frame in each(select) {
             let header = VnetHeader::from_bytes(burst.header(frame));
@@ -274,5 +295,95 @@ impl Software {
         std::mem::swap(&mut self.bytes, &mut self.gathered);
         self.parts.push(Part { header: VnetHeader::PLAIN.to_bytes(), start: 0, end: self.bytes.len() });
         completed.is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixDatagram;
+    use std::sync::atomic::{AtomicU16, AtomicU32};
+
+    use sys::tap::TapQueue;
+    use wire::craft::{Craft, leave_segments};
+    use wire::{Mac, checksum};
+
+    use crate::report::PortId;
+    use crate::switch::Network;
+
+    /// A port whose TAP is one end of a pair of sockets, which keep frames apart as a TAP does; and the other end.
+    fn port(accepts: Offloads) -> (Port, UnixDatagram) {
+        let (ours, other) = UnixDatagram::pair().unwrap();
+        other.set_nonblocking(true).unwrap();
+        let queue = TapPort {
+            queue: TapQueue::from(OwnedFd::from(ours)),
+            worker: AtomicU32::new(0),
+            rx: RingCounters::default(),
+            tx: RingCounters::default(),
+        };
+        let port = Port {
+            id: PortId(1),
+            name: "tap".into(),
+            network: Arc::new(Network::new("net".into())),
+            slot: 0,
+            mtu: AtomicU16::new(1500),
+            fdb_max: 1,
+            counters: RingCounters::default(),
+            link: PortLink::Tap(Tap { accepts, queues: Box::new([queue]) }),
+        };
+        (port, other)
+    }
+
+    /// What comes out at the other end of a frame, and a plain one before and behind it.
+    fn through(
+        accepts: Offloads,
+        header: VnetHeader,
+        frame: &[u8],
+        plain: &[u8],
+    ) -> Vec<(VnetHeader, Vec<u8>)> {
+        let (port, other) = port(accepts);
+        let mut deliverer = Deliverer::new(0, Arc::new(Events { sink: Box::new(|_| {}) }));
+        let mut frames = Frames::default();
+        let headers = [VnetHeader::PLAIN, header].map(VnetHeader::to_bytes);
+        let [plain_header, header] = &headers;
+        let burst = frames.load([(plain_header, plain), (header, frame), (plain_header, plain)]);
+        (deliverer.plain, deliverer.longest) = (false, burst.frame_len(1));
+        deliverer.deliver(&port, &burst, burst.valid());
+        let mut room = vec![0; 70_000];
+        std::iter::from_fn(|| {
+            let len = other.recv(&mut room).ok()?;
+            let (header, frame) = room[..len].split_first_chunk::<HEADER_LEN>()?;
+            Some((VnetHeader::from_bytes(header), frame.to_vec()))
+        })
+        .collect()
+    }
+
+    #[test]
+    fn what_a_tap_does_not_take_is_cut_for_it_in_its_place() {
+        let [src, dst] = [1, 2].map(Mac::from_u64);
+        let craft = Craft::v4(src, dst, [10, 0, 0, 1].into(), [10, 0, 0, 2].into());
+        let payload: Vec<u8> = (0..5000u16).map(|i| i.to_le_bytes()[0]).collect();
+        let plain = craft.udp(3, 4, &payload[..100]);
+        let mut frame = craft.udp(1, 2, &payload);
+        let header = leave_segments(&mut frame, 1300).unwrap();
+
+        let whole = through(Offloads::CSUM | Offloads::USO, header, &frame, &plain);
+        assert_eq!(whole.iter().map(|(_, frame)| frame).collect::<Vec<_>>(), [&plain, &frame, &plain]);
+        assert_eq!(whole[1].0, header);
+
+        let cut = through(Offloads::CSUM, header, &frame, &plain);
+        let (first, pieces, last) = (&cut[0], &cut[1..cut.len() - 1], &cut[cut.len() - 1]);
+        assert_eq!((&first.1, &last.1, pieces.len()), (&plain, &plain, 4));
+        for ((header, bytes), (id, piece)) in pieces.iter().zip((0u16..).zip(payload.chunks(1300))) {
+            let mut wanted = craft.udp(1, 2, piece);
+            wanted[18..20].copy_from_slice(&id.to_be_bytes());
+            let sum = checksum::ipv4_header(&wanted[14..34]);
+            wanted[24..26].copy_from_slice(&sum.to_be_bytes());
+            let mut bytes = bytes.clone();
+            assert!(header.needs_csum() && !header.is_gso());
+            checksum::complete(&mut bytes, header).unwrap();
+            assert_eq!(bytes, wanted);
+        }
     }
 }

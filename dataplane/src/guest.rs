@@ -43,7 +43,10 @@ const OFFERED: u64 = 1 << CSUM
     | 1 << VERSION_1
     | 1 << RING_PACKED
     | 1 << IN_ORDER
-    | 1 << ORDER_PLATFORM;
+    | 1 << ORDER_PLATFORM
+    | 1 << GUEST_USO4
+    | 1 << GUEST_USO6
+    | 1 << HOST_USO;
 
 /// Protocol features, by bit (vhost-user specification, "Protocol features"): MQ, RARP, REPLY_ACK, NET_MTU, BACKEND_REQ,
 /// CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS.

@@ -8,8 +8,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use sys::call::Caller;
-use sys::tap::{TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6};
+use sys::tap::{TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_USO4, TUN_F_USO6};
 use vhost_user::{EndpointError, EndpointId, Limits, Sessions};
+use wire::Offloads;
 
 use crate::counters::RingCounters;
 use crate::events::Events;
@@ -24,7 +25,7 @@ use crate::{MTU_MAX, MTU_MIN};
 /// Addresses that a TAP may teach: a whole LAN may be behind it.
 const TAP_FDB_MAX: u32 = 65_536;
 /// What the kernel may leave to us on its way to guests: what they mostly accept, and we can do if they do not.
-const TAP_OFFLOADS: u32 = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN;
+const TAP_OFFLOADS: u32 = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN | TUN_F_USO4 | TUN_F_USO6;
 /// How long a worker may take to answer a command before we say so instead of waiting for ever.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -262,8 +263,9 @@ impl Dataplane {
                 Ok((PortLink::Guest(guest), Some(endpoint)))
             }
             Link::Tap { queues } => {
+                let mut offloads = TAP_OFFLOADS;
                 for queue in &queues {
-                    queue.set_offload(TAP_OFFLOADS).map_err(|cause| Error::System {
+                    offloads &= queue.set_offload(TAP_OFFLOADS).map_err(|cause| Error::System {
                         what: format!("port {name}: offloads of the TAP"),
                         cause: io::Error::other(cause),
                     })?;
@@ -274,7 +276,8 @@ impl Dataplane {
                     rx: RingCounters::default(),
                     tx: RingCounters::default(),
                 };
-                Ok((PortLink::Tap(Tap { queues: queues.into_iter().map(queue).collect() }), None))
+                let queues = queues.into_iter().map(queue).collect();
+                Ok((PortLink::Tap(Tap { accepts: tap_accepts(offloads), queues }), None))
             }
         }
     }
@@ -391,6 +394,13 @@ fn pin(cpu: usize) -> io::Result<()> {
     Ok(rustix::thread::sched_setaffinity(None, &set)?)
 }
 
+/// What the kernel behind a TAP does for us if it can be told to leave `offloads` to us. Before 6.2 it does not know UDP
+/// that is to be cut into datagrams, in either direction.
+fn tap_accepts(offloads: u32) -> Offloads {
+    let tcp = Offloads::CSUM | Offloads::TSO4 | Offloads::TSO6 | Offloads::ECN;
+    if offloads & TUN_F_USO4 == 0 { tcp } else { tcp | Offloads::USO }
+}
+
 fn check_bounds(spec: &PortSpec) -> Result<(), Error> {
     let bounds = |field, value: u64, range| Error::Bounds { name: spec.name.clone(), field, value, range };
     if !(MTU_MIN..=MTU_MAX).contains(&spec.mtu) {
@@ -491,4 +501,17 @@ fn ratio(part: u64, whole: u64) -> f64 {
 #[allow(clippy::disallowed_methods)]
 fn now() -> Instant {
     Instant::now()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tap_without_uso_takes_the_rest() {
+        let without = TAP_OFFLOADS & !(TUN_F_USO4 | TUN_F_USO6);
+        assert!(tap_accepts(TAP_OFFLOADS).contains(Offloads::USO));
+        assert_eq!(tap_accepts(without) | Offloads::USO, tap_accepts(TAP_OFFLOADS));
+        assert_ne!(tap_accepts(without), tap_accepts(TAP_OFFLOADS));
+    }
 }

@@ -168,6 +168,8 @@ impl Guest {
 
 /// A TAP's queues. Reads and writes of one frame are atomic in the kernel, so queues need no lock.
 pub(crate) struct Tap {
+    /// What the kernel behind it does for us.
+    pub(crate) accepts: Offloads,
     pub(crate) queues: Box<[TapPort]>,
 }
 

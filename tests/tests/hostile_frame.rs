@@ -15,13 +15,18 @@ use wire::vnet::{flag, gso};
 use wire::{Ip, Mac, VnetHeader};
 
 /// What a guest may ask for when it may ask for everything that is offered.
-const SENDS: u64 =
-    1 << features::CSUM | 1 << features::HOST_TSO4 | 1 << features::HOST_TSO6 | 1 << features::HOST_ECN;
+const SENDS: u64 = 1 << features::CSUM
+    | 1 << features::HOST_TSO4
+    | 1 << features::HOST_TSO6
+    | 1 << features::HOST_ECN
+    | 1 << features::HOST_USO;
 /// What a guest takes when it takes everything that is offered.
 const TAKES: u64 = 1 << features::GUEST_CSUM
     | 1 << features::GUEST_TSO4
     | 1 << features::GUEST_TSO6
-    | 1 << features::GUEST_ECN;
+    | 1 << features::GUEST_ECN
+    | 1 << features::GUEST_USO4
+    | 1 << features::GUEST_USO6;
 
 fn v4() -> Craft {
     Craft::v4(Mac::new(HOSTILE), Mac::new(NEIGHBOUR), [10, 0, 0, 1].into(), [10, 0, 0, 2].into())
@@ -219,6 +224,34 @@ fn n06_gso_sizes_that_cannot_be() -> Result<()> {
     for gso_size in [3000, 65_535] {
         let (got, bytes) = delivered(&mut stage, &mut hand, VnetHeader { gso_size, ..honest }, &tcp)?;
         ensure!(!got.is_gso() && got.needs_csum() && bytes == tcp, "{got:?}");
+    }
+    end(stage, hand)
+}
+
+#[test]
+fn n06_datagrams_that_cannot_be() -> Result<()> {
+    let (mut stage, mut hand) = stage(SENDS, TAKES)?;
+    for craft in [v4(), v6()] {
+        let mut udp = craft.udp(5, 6, &[7; 60_000]);
+        let honest = leave_segments(&mut udp, 1000).unwrap();
+        let (l4, tcp) = (honest.csum_start, craft.tcp(&Tcp::default(), &[7; 60_000]));
+        for (lie, frame) in [
+            (VnetHeader { gso_size: 0, ..honest }, &udp),
+            (VnetHeader { gso_size: 60_000 / 128 - 1, ..honest }, &udp),
+            (VnetHeader { csum_start: l4 - 1, ..honest }, &udp),
+            (VnetHeader { csum_start: l4 + 8, ..honest }, &udp),
+            (VnetHeader { csum_start: 0xffff, ..honest }, &udp),
+            (VnetHeader { csum_offset: 16, ..honest }, &udp),
+            (VnetHeader { flags: 0, ..honest }, &udp),
+            (VnetHeader { gso_type: gso::UDP, ..honest }, &udp),
+            (VnetHeader { gso_type: gso::UDP_L4 | gso::ECN, ..honest }, &udp),
+            (VnetHeader { gso_type: gso::TCPV4, csum_offset: 16, ..honest }, &udp),
+            (honest, &tcp),
+        ] {
+            dropped(&mut stage, &mut hand, lie, frame, BadOffload)?;
+        }
+        let (got, bytes) = delivered(&mut stage, &mut hand, honest, &udp)?;
+        ensure!(VnetHeader { num_buffers: 1, ..got } == honest && bytes == udp, "{got:?}");
     }
     end(stage, hand)
 }

@@ -9,7 +9,10 @@ use e2e::canary::Canary;
 use e2e::inproc::{Ledger, Plane, PortPlan, until};
 use e2e::peer::{MERGEABLE, Peer, PeerConfig};
 use e2e::stage::{MTU, frame, plain};
-use vring::features::{CSUM, GUEST_CSUM, GUEST_ECN, GUEST_TSO4, GUEST_TSO6, HOST_ECN, HOST_TSO4, HOST_TSO6};
+use vring::features::{
+    CSUM, GUEST_CSUM, GUEST_ECN, GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6, HOST_ECN, HOST_TSO4,
+    HOST_TSO6, HOST_USO,
+};
 use wire::checksum::complete;
 use wire::craft::{Craft, Tcp, leave_checksum, leave_segments};
 use wire::{Mac, Offloads, VnetHeader, segment};
@@ -28,20 +31,23 @@ const fn bits<const N: usize>(bits: [u32; N]) -> u64 {
 }
 
 /// What drivers acknowledge of what a device can do for them, and of what they can do themselves.
-const SENDS: [u64; 5] = [
+const SENDS: [u64; 6] = [
     0,
     bits([CSUM]),
     bits([CSUM, HOST_TSO4]),
     bits([CSUM, HOST_TSO4, HOST_TSO6]),
     bits([CSUM, HOST_TSO4, HOST_TSO6, HOST_ECN]),
+    bits([CSUM, HOST_USO]),
 ];
-const TAKES: [u64; 6] = [
+const TAKES: [u64; 8] = [
     0,
     bits([GUEST_CSUM]),
     bits([GUEST_CSUM, GUEST_TSO4]),
     bits([GUEST_CSUM, GUEST_TSO6]),
     bits([GUEST_CSUM, GUEST_TSO4, GUEST_TSO6]),
     bits([GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, GUEST_ECN]),
+    bits([GUEST_CSUM, GUEST_USO4]),
+    bits([GUEST_CSUM, GUEST_USO4, GUEST_USO6]),
 ];
 
 /// Every kind of frame that a guest may send: what it is, the header and the bytes.
@@ -56,6 +62,9 @@ fn kinds(src: [u8; 6], dst: [u8; 6]) -> Vec<(&'static str, VnetHeader, Vec<u8>)>
         let mut udp = craft.udp(1, 2, &payload[..901]);
         let header = leave_checksum(&mut udp).unwrap();
         kinds.push((name, header, udp));
+        let mut datagrams = craft.udp(1, 2, &payload);
+        let header = leave_segments(&mut datagrams, 1300).unwrap();
+        kinds.push((name, header, datagrams));
         for flags in [0x18, 0x18 | CWR] {
             let mut tcp = craft.tcp(&Tcp { flags, options: vec![1; 12], ..Tcp::default() }, &payload);
             let header = leave_segments(&mut tcp, 1300).unwrap();

@@ -52,3 +52,9 @@ pub const IN_ORDER: u32 = 35;
 pub const ORDER_PLATFORM: u32 = 36;
 /// One ring can be reset and set up again while the others run.
 pub const RING_RESET: u32 = 40;
+/// Guest accepts UDP to be cut into datagrams (virtio 1.3, 5.1.3), over IPv4.
+pub const GUEST_USO4: u32 = 54;
+/// The same over IPv6.
+pub const GUEST_USO6: u32 = 55;
+/// Guest may send UDP to be cut into datagrams.
+pub const HOST_USO: u32 = 56;
