@@ -112,12 +112,14 @@ impl Dataplane {
         let shared = (0..).zip(cpus).map(|(index, cpu)| WorkerShared::new(index, cpu).map(Arc::new));
         let workers: Arc<[_]> =
             shared.collect::<io::Result<_>>().map_err(|e| system("epoll of a worker", e))?;
+        let caller = Caller::new();
+        let mut never_blocks = caller.never_blocks();
         let mut plane = Self {
             sessions: None,
             workers: workers.clone(),
             threads: Vec::new(),
             events: events.clone(),
-            caller: Arc::default(),
+            caller: Arc::new(Mutex::new(caller)),
             fdb_port_max: config.fdb_port_max,
             started,
             started_cycles: sys::clock::cycles(),
@@ -127,7 +129,14 @@ impl Dataplane {
         };
         for shared in workers.iter() {
             let worker = Worker::new(shared.clone(), config.poll, config.ageing, started, events.clone());
+            never_blocks &= worker.never_blocks();
             plane.threads.push(spawn(shared, worker)?);
+        }
+        if !never_blocks {
+            tracing::warn!(
+                "no asynchronous I/O here: a guest that keeps its call eventfd full can stop a worker; let this \
+                 process use io_setup, or raise fs.aio-max-nr"
+            );
         }
         let sessions = Sessions::start(Limits::default(), Box::new(|_, _| {}));
         plane.sessions = Some(sessions.map_err(|e| system("session thread", e))?);

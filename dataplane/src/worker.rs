@@ -218,6 +218,11 @@ impl Worker {
         }
     }
 
+    /// Whether no guest can make it wait.
+    pub(crate) fn never_blocks(&self) -> bool {
+        self.deliverer.caller.never_blocks()
+    }
+
     /// Runs until [`Command::Stop`].
     pub(crate) fn run(mut self) {
         while !self.stopped {
