@@ -370,6 +370,10 @@ impl Drop for Dataplane {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
+        // A port holds its network, whose table holds the port: neither would ever go by itself.
+        for network in self.state().networks.values() {
+            network.clear();
+        }
     }
 }
 
@@ -515,6 +519,31 @@ fn now() -> Instant {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::Poll;
+
+    #[test]
+    fn ports_and_networks_go_with_the_dataplane() {
+        let config = Config {
+            cpus: Vec::new(),
+            poll: Poll::Adaptive,
+            ageing: Duration::from_secs(300),
+            fdb_port_max: 1,
+            on_event: Box::new(|_| {}),
+        };
+        let plane = Dataplane::start(config).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["a", "b"] {
+            let endpoint = vhost_user::Endpoint::listen(dir.path().join(name));
+            let link = Link::VhostUser { endpoint, mac: None, queue_pairs: 1 };
+            plane.add_port(PortSpec { name: name.into(), network: "net".into(), mtu: 1500, link }).unwrap();
+        }
+        let ports: Vec<_> = plane.state().ports.values().map(|entry| Arc::downgrade(&entry.port)).collect();
+        let networks: Vec<_> = plane.state().networks.values().map(Arc::downgrade).collect();
+        assert_eq!((ports.len(), networks.len()), (2, 1));
+        drop(plane);
+        assert!(ports.iter().all(|port| port.upgrade().is_none()));
+        assert!(networks.iter().all(|network| network.upgrade().is_none()));
+    }
 
     #[test]
     fn a_tap_without_uso_takes_the_rest() {

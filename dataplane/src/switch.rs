@@ -78,6 +78,12 @@ impl Network {
         self.fdb.sweep(0, u32::MAX, |port| port == slot);
     }
 
+    /// Lets go of all ports, when nobody polls them any more.
+    pub(crate) fn clear(&self) {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.replace(Vec::new());
+    }
+
     fn replace(&self, table: PortTable) {
         *self.table.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(table);
         self.generation.fetch_add(1, Ordering::Release);
