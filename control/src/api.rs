@@ -3,6 +3,7 @@
 //! Rules for every resource: unknown members are refused, a body is at most 64 KiB and comes within five seconds, an error
 //! is a problem document, a write can be repeated, `/v1` only grows.
 
+mod balance;
 mod events;
 mod extract;
 mod log;
@@ -22,6 +23,7 @@ use utoipa::{IntoResponses, OpenApi};
 use crate::daemon::Daemon;
 use crate::problem::{CONTENT_TYPE, Kind, Problem};
 
+pub use self::balance::{QueueMove, keep_balanced};
 pub use self::look::{FdbRow, PortDrops, PortKind, PortStats, RingStats, Worker};
 pub use self::meta::Info;
 pub use self::plugs::Unplugged;
@@ -41,6 +43,7 @@ pub fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/stats", get(look::stats))
         .route("/v1/drops", get(look::drops))
         .route("/v1/workers", get(look::workers))
+        .route("/v1/workers/rebalance", post(balance::rebalance))
         .route("/v1/fdb", get(look::fdb))
         .route("/v1/events", get(events::events))
         .route("/v1/log", get(log::show).put(log::change))
@@ -79,6 +82,7 @@ async fn method_not_allowed(request: axum::extract::Request) -> Problem {
         look::stats,
         look::drops,
         look::workers,
+        balance::rebalance,
         look::fdb,
         events::events,
         log::show,

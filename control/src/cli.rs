@@ -83,7 +83,10 @@ pub enum Command {
     /// Learned addresses
     Fdb,
     /// Workers and what they poll
-    Workers,
+    Workers {
+        #[command(subcommand)]
+        action: Option<WorkersAction>,
+    },
     /// Print events as they happen
     Events {
         /// Begin after this event (its id)
@@ -103,6 +106,17 @@ pub enum Command {
     /// Print the manual page
     #[command(hide = true)]
     Man,
+}
+
+/// `vhostd workers ...`.
+#[derive(Debug, Subcommand)]
+pub enum WorkersAction {
+    /// Look at the load for a second, and move queues from busy workers to idle ones
+    Rebalance {
+        /// Only print what would be moved
+        #[arg(long)]
+        dry_run: bool,
+    },
 }
 
 /// `vhostd serve`.

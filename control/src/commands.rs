@@ -7,8 +7,8 @@ use std::time::Duration;
 use hyper::Method;
 use serde_json::{Value, json};
 
-use crate::api::{FdbRow, PortDrops, PortStats, Unplugged, Worker};
-use crate::cli::{self, ApiArgs, Cli, Command, Format, PlugArgs, UnplugArgs};
+use crate::api::{FdbRow, PortDrops, PortStats, QueueMove, Unplugged, Worker};
+use crate::cli::{self, ApiArgs, Cli, Command, Format, PlugArgs, UnplugArgs, WorkersAction};
 use crate::client::{Client, ClientError};
 use crate::demo::{self, DemoError};
 use crate::document::{self, Document};
@@ -65,7 +65,10 @@ pub async fn run(cli: Cli) -> Result<(), CommandError> {
         }
         Command::Drops => session.list::<PortDrops>("/v1/drops").await,
         Command::Fdb => session.list::<FdbRow>("/v1/fdb").await,
-        Command::Workers => session.list::<Worker>("/v1/workers").await,
+        Command::Workers { action: None } => session.list::<Worker>("/v1/workers").await,
+        Command::Workers { action: Some(WorkersAction::Rebalance { dry_run }) } => {
+            session.rebalance(dry_run).await
+        }
         Command::Events { since } => session.events(since.as_deref()).await,
         Command::Api(args) => session.api(&args).await,
         Command::Vif { file } => vif(&file, cli.output),
@@ -98,6 +101,13 @@ impl Session {
         let plug: Plug =
             self.client.json(Method::PUT, &path, Some(&json!({ "spec": spec })), args.timeout).await?;
         print(&table::plugged(&plug, self.format))
+    }
+
+    async fn rebalance(&self, dry_run: bool) -> Result<(), CommandError> {
+        let path = format!("/v1/workers/rebalance?dry_run={dry_run}");
+        let moves: Vec<QueueMove> =
+            self.client.json(Method::POST, &path, None, Duration::from_secs(1)).await?;
+        print(&table::list(&moves, self.format))
     }
 
     async fn unplug(&self, args: &UnplugArgs) -> Result<(), CommandError> {

@@ -152,7 +152,7 @@ async fn bring_back(daemon: Arc<Daemon>) {
     let plugs = daemon.plugs.count();
     notify(&[NotifyState::Ready, NotifyState::Status(&format!("{plugs} plugs"))]);
     tracing::info!(plugs, "ready");
-    health::feed_watchdog(daemon).await;
+    tokio::join!(health::feed_watchdog(daemon.clone()), api::keep_balanced(daemon));
 }
 
 fn dataplane_config(config: &DataplaneConfig, events: &Arc<Events>) -> dataplane::Config {

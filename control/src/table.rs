@@ -4,7 +4,7 @@ use comfy_table::presets::NOTHING;
 use comfy_table::{CellAlignment, ContentArrangement, Table};
 use serde::Serialize;
 
-use crate::api::{FdbRow, PortDrops, PortKind, PortStats, Worker};
+use crate::api::{FdbRow, PortDrops, PortKind, PortStats, QueueMove, Worker};
 use crate::cli::Format;
 use crate::spec::{PlugSpec, Role, To};
 use crate::status::Plug;
@@ -199,6 +199,20 @@ impl Row for FdbRow {
 
     fn name(&self) -> String {
         self.mac.clone()
+    }
+}
+
+impl Row for QueueMove {
+    const TITLES: &'static str = "PORT  [QUEUE]  [FROM]  [TO]  [SHARE]";
+
+    fn cells(&self) -> Vec<String> {
+        let share = format!("{:.1}%", self.share * 100.0);
+        let numbers = [self.queue.to_string(), self.from.to_string(), self.to.to_string(), share];
+        [vec![self.port.clone()], numbers.into()].concat()
+    }
+
+    fn name(&self) -> String {
+        format!("{}/{}", self.port, self.queue)
     }
 }
 

@@ -47,6 +47,9 @@ fn what_is_looked_at_has_the_promised_members() {
         let out = place.vhostd(&[table]).ok().out;
         insta::assert_snapshot!(format!("titles_{table}"), out.lines().next().unwrap());
     }
+    // Nobody is busy, so nothing is to be moved.
+    assert_eq!(place.vhostd(&["workers", "rebalance", "--dry-run", "-o", "json"]).ok().json(), json!([]));
+    assert_eq!(place.http("POST", "/v1/workers/rebalance?dry=1", "").json()["status"], 400);
     let info = place.vhostd(&["api", "GET", "/v1/info"]).ok().json();
     assert_eq!((&info["api"], &info["poll"]), (&json!(["v1"]), &json!("adaptive")));
 }

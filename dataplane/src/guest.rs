@@ -119,20 +119,24 @@ impl GuestDevice {
     ) -> Result<(), RingError> {
         let enabled = setup.enabled;
         let ring = Box::new(TxRing::start(setup, memory)?);
+        // Under the lock, so that the pair stays with one worker meanwhile.
+        let mut state = pair.tx.lock();
         let worker = self.worker(pair);
         if let Some(kick) = ring.kick_fd()
             && let Err(error) = worker.watch(kick, key(&self.port, queue))
         {
             tracing::warn!(port = self.port.name, queue, %error, "cannot watch the kick fd: the ring starts late");
         }
-        *pair.tx.lock() = RingState { ring: Some(ring), enabled, broken: None };
+        *state = RingState { ring: Some(ring), enabled, broken: None };
+        drop(state);
         let (done, _) = std::sync::mpsc::channel();
         worker.send(Command::Add { port: self.port.clone(), queue, done });
         Ok(())
     }
 
     fn stop_tx(&self, pair: &QueuePair) -> Option<u32> {
-        let ring = pair.tx.lock().ring.take()?;
+        let mut state = pair.tx.lock();
+        let ring = state.ring.take()?;
         if let Some(kick) = ring.kick_fd() {
             self.worker(pair).unwatch(kick);
         }
@@ -287,10 +291,10 @@ impl Device for GuestDevice {
             if let Some(Err(fault)) = tx.ring.as_mut().map(|ring| ring.set_memory(memory)) {
                 let ring = tx.ring.take();
                 tx.broken = Some(fault);
-                drop(tx);
                 if let Some(kick) = ring.as_ref().and_then(|r| r.kick_fd()) {
                     self.worker(pair).unwatch(kick);
                 }
+                drop(tx);
                 self.broke(2 * queue + 1, ring.as_ref().and_then(|r| r.err_fd()), fault);
             }
         }

@@ -25,6 +25,7 @@ mod events;
 pub mod fdb;
 mod guest;
 pub mod light;
+mod placement;
 mod plane;
 mod port;
 mod report;
@@ -34,6 +35,7 @@ mod tap;
 mod worker;
 
 pub use drops::{DropReason, Who};
+pub use placement::{Move, Sample, propose};
 pub use plane::{Dataplane, Error};
 pub use report::{Counters, Event, EventKind, FdbEntry, PortId, PortReport, RingReport, WorkerReport};
 pub use spec::{Config, Link, Poll, PortSpec};

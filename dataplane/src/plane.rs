@@ -15,6 +15,7 @@ use wire::Offloads;
 use crate::counters::RingCounters;
 use crate::events::Events;
 use crate::guest::GuestDevice;
+use crate::placement::{Move, QueueSample, Sample};
 use crate::port::{Guest, Port, PortLink, QUEUE_PAIRS_MAX, RingSlot, Tap, TapPort};
 use crate::report::{Counters, FdbEntry, PortId, PortReport, RingReport, WorkerReport};
 use crate::spec::{Config, Link, PortSpec};
@@ -228,6 +229,27 @@ impl Dataplane {
     /// A number per worker that grows as long as it works (or sleeps for want of work): a watchdog compares two readings.
     pub fn heartbeats(&self) -> Vec<u64> {
         self.workers.iter().map(|w| w.heartbeat()).collect()
+    }
+
+    /// How far workers and queues are: two of these some time apart tell who is busy (see [`crate::propose`]).
+    pub fn sample(&self) -> Sample {
+        let ports: Vec<_> = self.state().ports.values().map(|e| e.port.clone()).collect();
+        let busy = self.workers.iter().map(|w| w.stats.busy_cycles.load(Ordering::Relaxed)).collect();
+        let queues = ports.iter().flat_map(|port| queue_samples(port)).collect();
+        Sample { cycles: sys::clock::cycles(), busy, queues }
+    }
+
+    /// Lets another worker poll a guest's queue from now on; no frame is lost or overtaken. False if there is no such
+    /// port, queue or worker, or it is there already.
+    pub fn move_queue(&self, to: &Move) -> bool {
+        // One at a time: the two workers hear of moves in the same order.
+        let state = self.state();
+        let Some(port) = state.ports.get(&to.port).map(|e| e.port.clone()) else { return false };
+        let pair = port.guest().and_then(|guest| guest.pairs.get(usize::from(to.queue)));
+        let (Some(pair), Some(there)) = (pair, self.workers.get(to.to)) else { return false };
+        let moved = pair.move_to(&port, to.queue, &self.workers, there);
+        drop(state);
+        moved
     }
 
     /// Learned addresses of all networks.
@@ -485,6 +507,26 @@ fn tap_rings(tap: &Tap) -> Vec<RingReport> {
         }
     };
     (0u16..).zip(&tap.queues).map(report).collect()
+}
+
+fn queue_samples(port: &Port) -> Vec<QueueSample> {
+    let sample = |queue: u16, worker: &AtomicU32, counters: Option<&RingCounters>, movable| QueueSample {
+        port: port.id,
+        name: port.name.clone(),
+        queue,
+        worker: worker.load(Ordering::Relaxed) as usize,
+        frames: counters.map_or(0, |c| c.frames.read()),
+        movable,
+    };
+    match &port.link {
+        PortLink::Guest(guest) => (0u16..)
+            .zip(&guest.pairs)
+            .map(|(n, pair)| sample(n, &pair.tx.worker, pair.tx.counters_if_any(), true))
+            .collect(),
+        PortLink::Tap(tap) => {
+            (0u16..).zip(&tap.queues).map(|(n, tap)| sample(n, &tap.worker, Some(&tap.rx), false)).collect()
+        }
+    }
 }
 
 /// "port/index" of what a worker polls of a port.

@@ -17,6 +17,7 @@ use wire::Offloads;
 use crate::counters::RingCounters;
 use crate::report::PortId;
 use crate::switch::Network;
+use crate::worker::{Command, WorkerShared, key};
 
 /// Queue pairs of a port at the most.
 pub(crate) const QUEUE_PAIRS_MAX: u16 = 128;
@@ -62,6 +63,40 @@ pub(crate) struct Guest {
 pub(crate) struct QueuePair {
     pub(crate) rx: RingSlot<RxRing>,
     pub(crate) tx: RingSlot<TxRing>,
+}
+
+impl QueuePair {
+    /// Gives the pair to the worker `there`. Its ring runs on: whoever holds the lock for a burst finds it where the burst
+    /// before left it. False if it was there already.
+    pub(crate) fn move_to(
+        &self,
+        port: &Arc<Port>,
+        queue: u16,
+        workers: &[Arc<WorkerShared>],
+        there: &WorkerShared,
+    ) -> bool {
+        let state = self.tx.lock();
+        let from = self.tx.worker.swap(there.index, Ordering::Relaxed);
+        self.rx.worker.store(there.index, Ordering::Relaxed);
+        if from == there.index {
+            return false;
+        }
+        let here = &workers[from as usize % workers.len()];
+        if let Some(kick) = state.ring.as_ref().and_then(|ring| ring.kick_fd()) {
+            here.unwatch(kick);
+            if let Err(error) = there.watch(kick, key(port, queue)) {
+                tracing::warn!(port = port.name, queue, %error, "cannot watch the kick fd: the ring may wait");
+            }
+        }
+        let runs = state.ring.is_some();
+        drop(state);
+        here.send(Command::Forget { port: port.clone(), queue });
+        if runs {
+            let (done, _) = std::sync::mpsc::channel();
+            there.send(Command::Add { port: port.clone(), queue, done });
+        }
+        true
+    }
 }
 
 /// Where a ring runs, or does not.

@@ -77,6 +77,8 @@ pub(crate) enum Command {
     Add { port: Arc<Port>, queue: u16, done: Sender<()> },
     /// Forget every queue of `port`; answered when nothing of it is held any more.
     Remove { port: Arc<Port>, done: Sender<()> },
+    /// Poll queue `queue` of `port` no more: another worker does.
+    Forget { port: Arc<Port>, queue: u16 },
     /// Send RARPs for `mac` into the network of `port`, as if from it.
     Announce { port: Arc<Port>, mac: [u8; 6] },
     /// End.
@@ -329,6 +331,10 @@ impl Worker {
         let mut state = pair.tx.lock();
         let RingState { ring: slot, enabled, broken } = &mut *state;
         let Some(ring) = slot.as_mut() else { return Found::NoRing };
+        if pair.tx.worker.load(Ordering::Relaxed) != self.shared.index {
+            // It was moved to another worker, and we have not read of it yet.
+            return Found::NoRing;
+        }
         let counters = pair.tx.counters();
         let mut burst = match ring.dequeue(&mut self.frames) {
             Ok(burst) => burst,
@@ -532,6 +538,7 @@ impl Worker {
                     drop(port);
                     let _ = done.send(());
                 }
+                Command::Forget { port, queue } => self.forget(&port, queue),
                 Command::Announce { port, mac } => {
                     self.announcements.push(Announcement { port, mac, left: ANNOUNCE_TIMES, due: self.now });
                     self.announce();
@@ -567,6 +574,12 @@ impl Worker {
         }
         self.announcements.retain(|a| a.port.id != port.id);
         self.sources.retain(|s| s.port.id != port.id);
+        self.reindex();
+    }
+
+    fn forget(&mut self, port: &Port, queue: u16) {
+        let key = key(port, queue);
+        self.sources.retain(|s| s.key != key);
         self.reindex();
     }
 

@@ -6,8 +6,10 @@
 //! `INTEGRITY_FRAMES` says how many frames (300,000 unless told; 10,000,000 with `VHOSTD_SOAK`).
 #![allow(clippy::unwrap_used)]
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use anyhow::{Context, Result, ensure};
-use dataplane::PortId;
+use dataplane::{Move, PortId};
 use e2e::canary::Canary;
 use e2e::inproc::{Ledger, Plane, PortPlan, count};
 use e2e::oracle::{Checker, Flow, Oracle};
@@ -199,6 +201,55 @@ fn every_sender_to_every_receiver() -> Result<()> {
         }
     }
     println!("{} frames, 0 wrong, 0 lost, 0 duplicated, in order", ways_in_all * share);
+    drop((ear, peers));
+    canary.finish(&plane)?;
+    plane.finish()
+}
+
+/// Queues go from worker to worker all the time, and no frame is lost, doubled or overtaken.
+#[test]
+fn queues_change_workers_under_traffic() -> Result<()> {
+    let plane = Plane::start()?;
+    let canary = Canary::start(&plane)?;
+    let features = MERGEABLE | 1 << features::EVENT_IDX;
+    let split = PeerConfig { features, ring_size: 128, tx_len: TX_LEN, ..PeerConfig::default() };
+    let packed = PeerConfig { features: split.features | 1 << features::RING_PACKED, ..split };
+    let (ports, mut peers) = guests(&plane, &[split, packed, split, packed])?;
+    introduce(&mut peers)?;
+    let oracle = Oracle::new(std::process::id());
+    let ear = Ear::of(&peers)?;
+    let share = frames() / 8;
+    let mut ways: Vec<_> = (0u32..)
+        .zip([(0, 1), (1, 0), (2, 3), (3, 2)])
+        .map(|(id, (from, to))| Way::new(id, from, to, share, &peers))
+        .collect();
+    let dataplane = plane.dataplane();
+    let workers = dataplane.workers().len();
+    let over = AtomicBool::new(false);
+    let moves = std::thread::scope(|scope| {
+        let mover = scope.spawn(|| {
+            let (mut round, mut moves) = (0, 0u64);
+            while !over.load(Ordering::Relaxed) {
+                round += 1;
+                for (n, port) in ports.iter().enumerate() {
+                    let to = (round + n) % workers;
+                    let place =
+                        Move { port: *port, port_name: String::new(), queue: 0, from: 0, to, share: 0.0 };
+                    moves += u64::from(dataplane.move_queue(&place));
+                    std::thread::yield_now();
+                }
+            }
+            moves
+        });
+        let outcome = exchange(&oracle, &ear, &mut peers, &mut ways);
+        over.store(true, Ordering::Relaxed);
+        outcome.map(|()| mover.join().unwrap())
+    })?;
+    ensure!(workers == 1 || moves > 100, "only {moves} moves");
+    for port in &ports {
+        plane.expect_counters(*port, &Ledger::new(1 + share, 3 + share))?;
+    }
+    println!("{} frames, {moves} moves, 0 wrong, 0 lost, in order", 4 * share);
     drop((ear, peers));
     canary.finish(&plane)?;
     plane.finish()
