@@ -215,6 +215,12 @@ impl Frames {
         self.count
     }
 
+    /// Adds a frame of one piece, which is its header and it.
+    pub(crate) fn push_single(&mut self, at: *const u8, len: u32) {
+        self.places[slot(self.count)] = Piece { at, len };
+        self.count += 1;
+    }
+
     /// Adds a chain that cannot be a frame.
     #[cold]
     pub(crate) fn push_fault(&mut self, fault: ChainFault) {

@@ -13,7 +13,7 @@ use crate::split::SplitRing;
 use crate::{RingError, features, notify};
 
 /// Why a running ring was stopped: its content makes no sense as a whole, so going on could only do harm. The front
-/// end must set it up again.
+/// end must set it up again. The last three are of rings that we drive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RingFault {
     /// The available index is more than the ring's size ahead.
@@ -43,6 +43,30 @@ pub enum RingFault {
     /// A new memory table does not contain the ring.
     #[error("the new memory table does not contain the ring")]
     Unmapped,
+    /// The device has used more chains than it had.
+    #[error("the used index jumped from {from} to {to} with {out} chains on their way")]
+    UsedIndex {
+        /// Where we were.
+        from: u16,
+        /// Where it is.
+        to: u16,
+        /// Chains that the device had.
+        out: u16,
+    },
+    /// The device returns a chain that it did not have.
+    #[error("the device returns chain {id}, which was not on its way")]
+    UsedId {
+        /// What it calls it.
+        id: u32,
+    },
+    /// The device claims to have written more than there was room for.
+    #[error("the device says it has written {len} bytes into a buffer of {room}")]
+    UsedLength {
+        /// Bytes that it says.
+        len: u32,
+        /// Bytes of the buffer.
+        room: u32,
+    },
 }
 
 /// A ring of either layout.

@@ -5,6 +5,9 @@
 //! ways: carefully ([`DriverRing::offer`], [`DriverRing::take_used`]), lightly ([`DriverRing::recycle`]: gives back whole
 //! bursts without looking at buffers, so that a front end costs almost nothing in a measurement), and by hand
 //! ([`DriverRing::set_descriptor`] and friends), which can say anything a hostile guest could.
+//!
+//! [`DriverRx`] and [`DriverTx`] carry the bursts of a switch through such rings. The memory is ours there, but the back end
+//! writes it at any time: it is as hostile as a guest's.
 
 use std::fmt;
 use std::io;
@@ -13,11 +16,14 @@ use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
+use sys::sigbus::{Faults, Guard};
 
 use crate::memory::RegionSpec;
 
+mod frames;
 mod ring;
 
+pub use frames::{Area, DriverBurst, DriverRx, DriverTx};
 pub use ring::DriverRing;
 
 /// Guest address of the first byte of a [`DriverMemory`]: not 0 and not our own address, so that a mix-up shows.
@@ -31,6 +37,10 @@ pub struct DriverMemory {
     file: OwnedFd,
     base: *mut u8,
     len: usize,
+    page_size: usize,
+    /// A back end can punch holes into the file, for which no huge page may be left.
+    guard: Option<Guard>,
+    faults: Faults,
 }
 
 // SAFETY: plain shared memory, accessed by bounds-checked copies and through atomics; unmapped only on drop.
@@ -46,6 +56,8 @@ impl fmt::Debug for DriverMemory {
 
 impl Drop for DriverMemory {
     fn drop(&mut self) {
+        // Before munmap: as soon as the addresses are free, a fault in them is somebody else's.
+        drop(self.guard.take());
         // SAFETY: exactly what mmap returned; nobody else holds pointers into it, since rings hold an `Arc` of `self`.
         let _ = unsafe { rustix::mm::munmap(self.base.cast(), self.len) };
     }
@@ -54,28 +66,34 @@ impl Drop for DriverMemory {
 impl DriverMemory {
     /// `len` bytes (rounded up to pages), sealed against resizing.
     pub fn new(len: usize) -> io::Result<Arc<Self>> {
-        Self::map(len, MemfdFlags::empty())?.sealed()
+        Self::map(len, MemfdFlags::empty(), rustix::param::page_size())?.sealed()
     }
 
     /// As [`Self::new`], in huge pages if that many are free (`len` is rounded up to them): bursts then cost fewer TLB
     /// misses.
     pub fn huge(len: usize) -> io::Result<Arc<Self>> {
-        let huge = Self::map(len.next_multiple_of(HUGE_PAGE), MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB);
-        huge.or_else(|_| Self::map(len, MemfdFlags::empty()))?.sealed()
+        match Self::map(len, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB, HUGE_PAGE) {
+            Ok(memory) => memory.sealed(),
+            Err(_) => Self::new(len),
+        }
     }
 
     /// As [`Self::new`], but the file can be truncated: what a hostile front end would share.
     pub fn unsealed(len: usize) -> io::Result<Arc<Self>> {
-        Ok(Arc::new(Self::map(len, MemfdFlags::empty())?))
+        Ok(Arc::new(Self::map(len, MemfdFlags::empty(), rustix::param::page_size())?))
     }
 
-    fn sealed(self) -> io::Result<Arc<Self>> {
+    fn sealed(mut self) -> io::Result<Arc<Self>> {
         rustix::fs::fcntl_add_seals(&self.file, SealFlags::SHRINK | SealFlags::GROW)?;
+        // SAFETY: the range is the mapping of our file; the guard is dropped before it is unmapped. Zero pages in its place
+        // are as good as what the other side could have written there.
+        let guard = unsafe { sys::sigbus::guard(self.base as usize, self.len, self.page_size, &self.faults) };
+        self.guard = Some(guard.map_err(io::Error::other)?);
         Ok(Arc::new(self))
     }
 
-    fn map(len: usize, pages: MemfdFlags) -> io::Result<Self> {
-        let len = len.next_multiple_of(rustix::param::page_size());
+    fn map(len: usize, pages: MemfdFlags, page_size: usize) -> io::Result<Self> {
+        let len = len.next_multiple_of(page_size);
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | pages;
         let file = rustix::fs::memfd_create("vring-driver", flags)?;
         rustix::fs::ftruncate(&file, len as u64)?;
@@ -90,7 +108,7 @@ impl DriverMemory {
                 0,
             )?
         };
-        Ok(Self { file, base: base.cast(), len })
+        Ok(Self { file, base: base.cast(), len, page_size, guard: None, faults: Faults::default() })
     }
 
     /// Length in bytes.
@@ -121,6 +139,11 @@ impl DriverMemory {
             user_addr: self.base as u64 + offset as u64,
             mmap_offset: offset as u64,
         }
+    }
+
+    /// Whether a part of it was lost and replaced by zeros: the other side has taken it away.
+    pub fn faulted(&self) -> bool {
+        self.faults.count() != 0
     }
 
     /// Copies bytes in at `offset`.

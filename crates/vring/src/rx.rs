@@ -350,7 +350,7 @@ fn scatter(scratch: &Scratch, burst: &Burst<'_>, frame: usize, header_len: u32) 
     #[allow(clippy::cast_possible_truncation)]
     let buffers = scratch.buffers.len() as u16;
     header[10..].copy_from_slice(&buffers.to_le_bytes());
-    let mut to = Scatter { pieces: &scratch.pieces, at: 0, offset: 0 };
+    let mut to = Scatter::over(&scratch.pieces);
     to.write(header.as_ptr(), header_len as usize);
     to.write(head[HEADER_LEN..].as_ptr(), head.len() - HEADER_LEN);
     burst.each_piece(frame, |at, len| to.write(at, len));
@@ -361,7 +361,7 @@ fn scatter(scratch: &Scratch, burst: &Burst<'_>, frame: usize, header_len: u32) 
 /// # Safety
 /// `at` is valid for writes of the frame's length with a header of `header_len` bytes.
 #[inline(never)]
-unsafe fn copy_frame(burst: &Burst<'_>, frame: usize, at: *mut u8, header_len: u32) {
+pub(crate) unsafe fn copy_frame(burst: &Burst<'_>, frame: usize, at: *mut u8, header_len: u32) {
     let head = burst.head(frame);
     let gap = HEADER_LEN - header_len as usize;
     let mut to = at;
@@ -390,15 +390,20 @@ unsafe fn copy_frame(burst: &Burst<'_>, frame: usize, at: *mut u8, header_len: u
 }
 
 /// A cursor over pieces of guest memory.
-struct Scatter<'a> {
+pub(crate) struct Scatter<'a> {
     pieces: &'a [(*mut u8, u32)],
     at: usize,
     offset: usize,
 }
 
-impl Scatter<'_> {
+impl<'a> Scatter<'a> {
+    /// At the beginning of pieces that are valid for writes.
+    pub(crate) fn over(pieces: &'a [(*mut u8, u32)]) -> Self {
+        Self { pieces, at: 0, offset: 0 }
+    }
+
     /// Writes `len` bytes from `from`, which the caller keeps readable, as far as there is room.
-    fn write(&mut self, mut from: *const u8, mut len: usize) {
+    pub(crate) fn write(&mut self, mut from: *const u8, mut len: usize) {
         while len != 0 {
             let Some(&(piece, piece_len)) = self.pieces.get(self.at) else { return };
             let part = len.min(piece_len as usize - self.offset);

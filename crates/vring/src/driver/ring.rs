@@ -8,7 +8,7 @@ use super::{Buffer, DriverMemory, GUEST_BASE};
 use crate::descriptor::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor};
 use crate::packed::{self, PackedRing, WRAP, available_flags};
 use crate::split::{self, SplitRing};
-use crate::{features, notify};
+use crate::{RingFault, features, notify};
 
 /// One ring, driven by us.
 pub struct DriverRing {
@@ -18,12 +18,16 @@ pub struct DriverRing {
     event_idx: bool,
     /// The device may let one used element stand for many.
     in_order: bool,
-    /// Descriptors that are not in a chain: of a split ring themselves, of a packed ring ids for chains.
+    /// Descriptors that are in no chain. In a packed ring they are ids: a chain takes as many as it has buffers, and the
+    /// first one names it.
     free: Vec<u16>,
-    /// Free descriptors. In a packed ring a chain takes as many as it has buffers, but one id.
-    room: u16,
-    /// For each head, or id: the descriptors of its chain (packed: the first is the id, the rest only counts).
-    chains: Vec<Vec<u16>>,
+    /// For each head: how many descriptors its chain has, 0 if it is not on its way. Here and not in the ring, which the
+    /// device can write.
+    lengths: Box<[u16]>,
+    /// For each descriptor of a chain: the one behind it.
+    next: Box<[u16]>,
+    /// Chains on their way.
+    out: u16,
     /// With IN_ORDER: heads on their way, oldest first.
     order: VecDeque<u16>,
     /// With IN_ORDER: everything up to this head is used, and not yet taken: (head, length).
@@ -84,8 +88,9 @@ impl DriverRing {
             event_idx: has(features::EVENT_IDX),
             in_order: has(features::IN_ORDER),
             free: (0..size).rev().collect(),
-            room: size,
-            chains: vec![Vec::new(); usize::from(size)],
+            lengths: vec![0; usize::from(size)].into(),
+            next: vec![0; usize::from(size)].into(),
+            out: 0,
             order: VecDeque::new(),
             batch: None,
             avail: start,
@@ -137,17 +142,32 @@ impl DriverRing {
 
     // --- carefully ---
 
+    /// Descriptors that are free.
+    pub fn free(&self) -> u16 {
+        u16::try_from(self.free.len()).expect("a ring has at most 32768")
+    }
+
     /// Offers a chain of buffers; visible with the next [`Self::publish`]. `None` if too few descriptors are free.
     pub fn offer(&mut self, buffers: &[Buffer]) -> Option<u16> {
-        let count = u16::try_from(buffers.len()).ok().filter(|count| (1..=self.room).contains(count))?;
-        let descriptors: Vec<_> = buffers.iter().map(|buffer| descriptor_of(*buffer)).collect();
-        self.room -= count;
-        Some(self.push_chain(&descriptors))
+        self.offer_numbered(buffers.len(), |at, _| buffers[at])
+    }
+
+    /// As [`Self::offer`], a chain of `count`; `buffer` is told its place in the chain and the number of its descriptor,
+    /// which no other chain on its way has.
+    pub fn offer_numbered(
+        &mut self,
+        count: usize,
+        mut buffer: impl FnMut(usize, u16) -> Buffer,
+    ) -> Option<u16> {
+        let possible = (1..=self.free.len()).contains(&count);
+        possible.then(|| self.push_chain(count, |at, number| descriptor_of(buffer(at, number))))
     }
 
     /// Offers a chain by an indirect table, which is written at `table` (16 bytes a buffer).
     pub fn offer_indirect(&mut self, table: usize, buffers: &[Buffer]) -> Option<u16> {
-        self.room = self.room.checked_sub(1)?;
+        if self.free.is_empty() {
+            return None;
+        }
         for (i, buffer) in (0u16..).zip(buffers) {
             let mut descriptor = descriptor_of(*buffer);
             let words = match &self.words {
@@ -165,33 +185,29 @@ impl DriverRing {
         }
         let len = u32::try_from(16 * buffers.len()).expect("a table of our own is short");
         let addr = GUEST_BASE + table as u64;
-        Some(self.push_chain(&[Descriptor { addr, len, flags: DESC_INDIRECT, next: 0 }]))
+        Some(self.push_chain(1, |_, _| Descriptor { addr, len, flags: DESC_INDIRECT, next: 0 }))
     }
 
-    /// Writes a chain of descriptors into the ring, for which there is room.
-    fn push_chain(&mut self, descriptors: &[Descriptor]) -> u16 {
-        let at = self.free.len() - descriptors.len();
-        let chain = match &self.words {
-            Words::Split(ring) => {
-                let chain: Vec<u16> = self.free.split_off(at).into_iter().rev().collect();
-                for (i, descriptor) in descriptors.iter().enumerate() {
-                    let mut descriptor = *descriptor;
-                    if let Some(next) = chain.get(i + 1) {
-                        descriptor.flags |= DESC_NEXT;
-                        descriptor.next = *next;
-                    }
-                    ring.set_descriptor(chain[i], descriptor);
-                }
-                ring.set_avail(self.avail, chain[0]);
-                self.avail = self.avail.wrapping_add(1);
-                chain
+    /// Writes a chain of `count` descriptors into the ring, for which there is room.
+    fn push_chain(&mut self, count: usize, mut descriptor: impl FnMut(usize, u16) -> Descriptor) -> u16 {
+        let left = self.free.len() - count;
+        let head = *self.free.last().expect("there is room");
+        for at in 0..count {
+            let number = self.free[self.free.len() - 1 - at];
+            let behind = (at + 1 < count).then(|| self.free[self.free.len() - 2 - at]);
+            let mut descriptor = descriptor(at, number);
+            if let Some(behind) = behind {
+                descriptor.flags |= DESC_NEXT;
+                self.next[usize::from(number)] = behind;
             }
-            Words::Packed(ring) => {
-                let id = self.free.pop().expect("as many ids as descriptors");
-                for (i, descriptor) in descriptors.iter().enumerate() {
-                    let next = if i + 1 < descriptors.len() { DESC_NEXT } else { 0 };
-                    let flags = descriptor.flags | next | available_flags(self.avail);
-                    let [addr, rest] = Descriptor { flags, next: id, ..*descriptor }.to_packed();
+            match &self.words {
+                Words::Split(ring) => {
+                    descriptor.next = behind.unwrap_or(descriptor.next);
+                    ring.set_descriptor(number, descriptor);
+                }
+                Words::Packed(ring) => {
+                    let flags = descriptor.flags | available_flags(self.avail);
+                    let [addr, rest] = Descriptor { flags, next: head, ..descriptor }.to_packed();
                     ring.set_addr(self.avail, addr);
                     if self.avail == self.published {
                         self.first = rest;
@@ -200,11 +216,15 @@ impl DriverRing {
                     }
                     self.avail = ring.advance(self.avail, 1);
                 }
-                vec![id; descriptors.len()]
             }
-        };
-        let head = chain[0];
-        self.chains[usize::from(head)] = chain;
+        }
+        if let Words::Split(ring) = &self.words {
+            ring.set_avail(self.avail, head);
+            self.avail = self.avail.wrapping_add(1);
+        }
+        self.free.truncate(left);
+        self.lengths[usize::from(head)] = u16::try_from(count).expect("a chain is no longer than the ring");
+        self.out += 1;
         if self.in_order {
             self.order.push_back(head);
         }
@@ -233,48 +253,72 @@ impl DriverRing {
     }
 
     /// Takes the next chain that the device has used: (head or id, bytes written).
+    ///
+    /// # Panics
+    /// If the device returns what it was not given: it is ours.
     pub fn take_used(&mut self) -> Option<(u16, u32)> {
-        let (head, len) = match self.batch.take() {
-            Some(batch) => batch,
-            None => self.used_element()?,
-        };
-        let head = if self.in_order {
-            let oldest = self.order.pop_front().expect("our device returns what it was given");
-            if oldest != head {
-                self.batch = Some((head, len));
-            }
-            oldest
-        } else {
-            head
-        };
-        let chain = std::mem::take(&mut self.chains[usize::from(head)]);
-        self.room += u16::try_from(chain.len()).expect("a chain is no longer than the ring");
-        match &self.words {
-            Words::Split(_) => {
-                self.used = self.used.wrapping_add(1);
-                self.free.extend(chain.into_iter().rev());
-            }
-            Words::Packed(ring) => {
-                let slots = u16::try_from(chain.len()).expect("as above");
-                self.used = ring.advance(self.used, slots);
-                self.free.push(head);
-            }
-        }
-        Some((head, len))
+        self.try_take_used().expect("our device returns what it was given")
     }
 
-    /// The used element at our position, if it is there.
-    fn used_element(&self) -> Option<(u16, u32)> {
-        match &self.words {
-            Words::Split(ring) => {
-                let (id, len) = (self.used_idx() != self.used).then(|| ring.used(self.used))?;
-                Some((u16::try_from(id).expect("our device returns what it was given"), len))
+    /// The same with a device that is not ours: (head or id, bytes that it says it has written).
+    ///
+    /// # Errors
+    /// It returned what it was not given; the ring must not be used any more.
+    pub fn try_take_used(&mut self) -> Result<Option<(u16, u32)>, RingFault> {
+        let used = match self.batch.take() {
+            Some(batch) => Some(batch),
+            None => self.used_element()?,
+        };
+        let Some((head, len)) = used else { return Ok(None) };
+        let head = match self.order.pop_front() {
+            Some(oldest) if oldest != head => {
+                self.batch = Some((head, len));
+                oldest
             }
-            Words::Packed(ring) => {
-                let descriptor = ring.is_used(self.used).then(|| ring.descriptor(self.used))?;
-                Some((descriptor.next, descriptor.len))
-            }
+            _ => head,
+        };
+        let count = std::mem::take(&mut self.lengths[usize::from(head)]);
+        self.out -= 1;
+        self.used = match &self.words {
+            Words::Split(_) => self.used.wrapping_add(1),
+            Words::Packed(ring) => ring.advance(self.used, count),
+        };
+        self.put_back(head, count);
+        Ok(Some((head, len)))
+    }
+
+    /// Puts the descriptors of a chain back, so that they are given away in the same order again.
+    fn put_back(&mut self, head: u16, count: u16) {
+        let (begun, mut number) = (self.free.len(), head);
+        for _ in 0..count {
+            self.free.push(number);
+            number = self.next[usize::from(number)];
         }
+        self.free[begun..].reverse();
+    }
+
+    /// The used element at our position, if it is there: a chain that is on its way.
+    fn used_element(&self) -> Result<Option<(u16, u32)>, RingFault> {
+        let (id, len) = match &self.words {
+            Words::Split(ring) => {
+                let to = self.used_idx();
+                match to.wrapping_sub(self.used) {
+                    0 => return Ok(None),
+                    ahead if ahead > self.out => {
+                        return Err(RingFault::UsedIndex { from: self.used, to, out: self.out });
+                    }
+                    _ => ring.used(self.used),
+                }
+            }
+            Words::Packed(ring) if ring.is_used(self.used) => {
+                let descriptor = ring.descriptor(self.used);
+                (descriptor.next.into(), descriptor.len)
+            }
+            Words::Packed(_) => return Ok(None),
+        };
+        let known =
+            u16::try_from(id).ok().filter(|id| self.lengths.get(usize::from(*id)).is_some_and(|n| *n != 0));
+        Ok(Some((known.ok_or(RingFault::UsedId { id })?, len)))
     }
 
     /// Asks the device for a call on the next used chain. False if there is one already.
@@ -306,9 +350,8 @@ impl DriverRing {
         for i in 0..self.size() {
             let descriptor = Descriptor { next: i, ..descriptor_of(buffer(i)) };
             self.filled.push(descriptor.to_packed()[1]);
-            self.room -= 1;
             // A fresh ring gives its descriptors away from 0 on.
-            let head = self.push_chain(&[descriptor]);
+            let head = self.push_chain(1, |_, _| descriptor);
             assert_eq!(head, i, "only a fresh ring can be filled");
         }
     }
