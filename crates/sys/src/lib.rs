@@ -3,6 +3,7 @@
 //! - [`sigbus`]: survive a peer that truncates the memory it shares with us.
 //! - [`tap`]: TAP devices with vnet headers.
 //! - [`call`]: signal an eventfd that belongs to a hostile peer without ever blocking.
+//! - [`fd`]: descriptors for crates that know only raw ones.
 #![allow(unsafe_code)]
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
@@ -10,5 +11,6 @@ compile_error!("vhostd runs on 64-bit Linux only");
 
 pub mod call;
 pub mod clock;
+pub mod fd;
 pub mod sigbus;
 pub mod tap;

@@ -37,6 +37,12 @@ pub enum FrontEndError {
     /// The answer belongs to something else, or has another length.
     #[error("vhost-user back end answers {0:?} with something else")]
     Answer(FrontendReq),
+    /// It offers too little.
+    #[error("vhost-user back end does not offer {0}, which is needed")]
+    Lacks(&'static str),
+    /// It took too long.
+    #[error("vhost-user back end has not set everything up after {0:?}")]
+    Slow(std::time::Duration),
 }
 
 type Result<T> = std::result::Result<T, FrontEndError>;
@@ -153,9 +159,15 @@ impl FrontEnd {
     /// Sets a ring up in QEMU's order: err, size, base, addresses, kick, call. It runs when this returns, but passes
     /// no frames before [`Self::enable`] if PROTOCOL_FEATURES was negotiated.
     pub fn start_ring(&self, index: u16, place: RingPlace) -> Result<Bells> {
-        let ring = usize::from(index);
         let bell = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let bells = Bells { kick: bell()?, call: bell()?, err: bell()? };
+        self.start_ring_with(index, place, &bells)?;
+        Ok(bells)
+    }
+
+    /// As [`Self::start_ring`], with eventfds that are there already.
+    pub fn start_ring_with(&self, index: u16, place: RingPlace, bells: &Bells) -> Result<()> {
+        let ring = usize::from(index);
         let [desc_table_addr, avail_ring_addr, used_ring_addr] = place.user_addrs;
         self.vhost.set_vring_err(ring, &bells.err)?;
         self.vhost.set_vring_num(ring, place.size)?;
@@ -172,7 +184,7 @@ impl FrontEnd {
         self.vhost.set_vring_addr(ring, &config)?;
         self.vhost.set_vring_kick(ring, &bells.kick)?;
         self.vhost.set_vring_call(ring, &bells.call)?;
-        Ok(bells)
+        Ok(())
     }
 
     /// SET_VRING_ENABLE; without PROTOCOL_FEATURES rings are always enabled and this does nothing.

@@ -15,13 +15,14 @@
 //! 7. `outbox`: replies on their way out;
 //! 8. `burial`: memory and descriptors let go.
 //!
-//! [`frontend`] is the other end.
+//! [`frontend`] is the other end, and [`attachment`] a session of ours on it.
 //!
 //! A front end is hostile: it may send anything, at any pace, with any descriptor, or nothing at all. What it does is
 //! answered by the end of its own session at worst; it never makes the thread wait. [`receive`], [`message`] and
 //! [`session`] need neither socket nor clock, so they can be fuzzed.
 #![forbid(unsafe_code)]
 
+pub mod attachment;
 mod burial;
 mod config;
 pub mod descriptor;
@@ -39,6 +40,7 @@ mod sessions;
 pub mod socket;
 mod status;
 
+pub use attachment::{Attachment, Bell, Driver, Started};
 pub use device::{Device, NetConfig, Offer, Peer, Refusal};
 pub use endpoint::{Endpoint, Role};
 pub use frontend::{Bells, FrontEnd, FrontEndError, RingPlace};
