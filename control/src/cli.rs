@@ -170,6 +170,12 @@ pub struct PlugArgs {
     /// A front end makes this socket, connect to it
     #[arg(long, value_name = "PATH", conflicts_with = "file")]
     pub connect: Option<SocketPath>,
+    /// Be a guest to another switch: make this socket, its back end connects to it
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["listen", "connect", "frontend_connect", "file"])]
+    pub frontend_listen: Option<SocketPath>,
+    /// Be a guest to another switch: its back end makes this socket, connect to it
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["listen", "connect", "file"])]
+    pub frontend_connect: Option<SocketPath>,
     /// Network to join [default: default]
     #[arg(long, value_name = "NET", conflicts_with = "file")]
     pub network: Option<Name>,
@@ -182,7 +188,7 @@ pub struct PlugArgs {
     /// Largest payload of an Ethernet frame, bytes [default: 1500]
     #[arg(long, value_name = "BYTES", conflicts_with = "file", value_parser = within(&MTU_RANGE))]
     pub mtu: Option<u16>,
-    /// Queue pairs [default: what the guest wants, up to 128; one for a TAP]
+    /// Queue pairs [default: what the guest wants, up to 128; one for a TAP and for another switch]
     #[arg(long, value_name = "N", conflicts_with = "file", value_parser = within(&QUEUES_RANGE))]
     pub queues: Option<u16>,
     /// Read the plug from a document: os-vif, or as `show -o json` prints it; - is standard input
@@ -228,12 +234,17 @@ pub struct ApiArgs {
 impl PlugArgs {
     /// The spec that the options describe.
     pub fn spec(&self) -> PlugSpec {
-        let socket = |role, path: &SocketPath| Socket { role, path: path.clone() };
-        let listen = self.listen.as_ref().map(|path| socket(Role::Listen, path));
-        let connect = self.connect.as_ref().map(|path| socket(Role::Connect, path));
+        let sockets = [
+            (Role::Listen, &self.listen),
+            (Role::Connect, &self.connect),
+            (Role::FrontendListen, &self.frontend_listen),
+            (Role::FrontendConnect, &self.frontend_connect),
+        ];
+        // The grammar takes one of them at the most.
+        let asked = sockets.into_iter().find_map(|(role, path)| Some((role, path.clone()?)));
         PlugSpec {
             network: self.network.clone(),
-            socket: listen.or(connect),
+            socket: asked.map(|(role, path)| Socket { role, path }),
             to: self.to.clone().map(|to| to.0),
             mac: self.mac,
             mtu: self.mtu,

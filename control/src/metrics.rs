@@ -45,9 +45,9 @@ const PORT_COUNTERS: [PortCounter; 8] = [
     ("port_tx_frames", "Frames to the port", |p| p.counters.tx_frames),
     ("port_tx_bytes", "Bytes to the port", |p| p.counters.tx_bytes),
     ("port_gso_frames", "Frames with a segmentation request", |p| p.counters.gso_frames),
-    ("port_kicks", "Wake-ups by the guest", |p| p.rings.iter().map(|r| r.kicks).sum()),
-    ("port_calls", "Notifications sent to the guest", |p| p.rings.iter().map(|r| r.calls).sum()),
-    ("port_sessions", "Front ends that connected", |p| p.session.as_ref().map_or(0, |s| s.connections)),
+    ("port_kicks", "Wake-ups by the other side", |p| p.rings.iter().map(|r| r.kicks).sum()),
+    ("port_calls", "Notifications sent to the other side", |p| p.rings.iter().map(|r| r.calls).sum()),
+    ("port_sessions", "Connections so far", |p| p.session.as_ref().map_or(0, |s| s.connections)),
 ];
 
 const WORKER_COUNTERS: [WorkerCounter; 2] = [

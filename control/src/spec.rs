@@ -3,7 +3,7 @@
 //! Three shapes, told apart by which of `socket` and `to` are there:
 //!
 //! ```text
-//! socket        a port of the network, for a guest
+//! socket        a port of the network, for a guest, or attached to another switch as if we were one
 //! to            the network's uplink: a TAP, alone or in a Linux bridge
 //! socket + to   the two joined: a network of their own
 //! ```
@@ -33,7 +33,7 @@ pub struct PlugSpec {
     /// Network to join; `default` if left out. A plug with both `socket` and `to` is a network of its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<Name>,
-    /// vhost-user socket of a guest.
+    /// vhost-user socket of a guest, or of another switch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket: Option<Socket>,
     /// The host's side.
@@ -70,6 +70,27 @@ pub enum Role {
     Listen,
     /// The front end makes it, the daemon connects, for ever.
     Connect,
+    /// The daemon is the front end and makes it, the back end of another switch connects.
+    FrontendListen,
+    /// The daemon is the front end, the back end makes it, and the daemon connects, for ever.
+    FrontendConnect,
+}
+
+impl Role {
+    /// True if we are the front end: a guest to another switch.
+    pub fn is_front_end(self) -> bool {
+        matches!(self, Self::FrontendListen | Self::FrontendConnect)
+    }
+
+    /// As the command line has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Listen => "listen",
+            Self::Connect => "connect",
+            Self::FrontendListen => "frontend-listen",
+            Self::FrontendConnect => "frontend-connect",
+        }
+    }
 }
 
 /// The host's side of a plug.
@@ -109,8 +130,11 @@ pub enum SpecError {
     #[error("a plug with both a socket and a host side is a network of its own: leave out network {0}")]
     NetworkOfItsOwn(Name),
     /// An uplink has no guest.
-    #[error("mac {0} is a guest's address, and a plug without a socket has no guest")]
+    #[error("mac {0} is a guest's address, and this plug has no guest")]
     MacWithoutGuest(Mac),
+    /// Another switch gets one queue pair.
+    #[error("a front-end port has one queue pair, not {0}: leave out queues")]
+    FrontEndQueues(u16),
     /// A number out of bounds.
     #[error("{field} is {value}, it must be {min} to {max}")]
     Bounds {
@@ -137,6 +161,7 @@ impl SpecError {
             Self::Empty => None,
             Self::NetworkOfItsOwn(_) => Some("spec.network"),
             Self::MacWithoutGuest(_) => Some("spec.mac"),
+            Self::FrontEndQueues(_) => Some("spec.queues"),
             Self::Bounds { field, .. } => Some(field),
             Self::Ovs(_) => Some("spec.to"),
         }
@@ -159,8 +184,11 @@ impl PlugSpec {
                 self.network.get_or_insert_with(default);
             }
         }
-        if let (None, Some(mac)) = (&self.socket, self.mac) {
+        if let (false, Some(mac)) = (self.has_guest(), self.mac) {
             return Err(SpecError::MacWithoutGuest(mac));
+        }
+        if let (true, Some(queues @ 2..)) = (self.is_front_end(), self.queues) {
+            return Err(SpecError::FrontEndQueues(queues));
         }
         bounded("spec.mtu", *self.mtu.get_or_insert(MTU_DEFAULT), MTU_RANGE)?;
         if let Some(queues) = self.queues {
@@ -183,6 +211,15 @@ impl PlugSpec {
     /// True for the port through which a network reaches the host.
     pub fn is_uplink(&self) -> bool {
         self.socket.is_none()
+    }
+
+    /// True for a port that is a guest to another switch.
+    pub fn is_front_end(&self) -> bool {
+        self.socket.as_ref().is_some_and(|socket| socket.role.is_front_end())
+    }
+
+    fn has_guest(&self) -> bool {
+        self.socket.is_some() && !self.is_front_end()
     }
 
     /// Queue pairs that a guest may use.
@@ -306,6 +343,15 @@ mod tests {
         let uplink = json!({"kind": "tap", "tap": "tap0"});
         let with_mac = json!({"to": uplink, "mac": "52:54:00:00:00:01"});
         assert!(matches!(refused(with_mac), SpecError::MacWithoutGuest(_)));
+        let front = |more: Value| {
+            let mut spec = json!({"socket": {"role": "frontend_connect", "path": "/run/x.sock"}});
+            spec.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            spec
+        };
+        let with_mac = front(json!({"mac": "52:54:00:00:00:01"}));
+        assert!(matches!(refused(with_mac), SpecError::MacWithoutGuest(_)));
+        assert_eq!(refused(front(json!({"queues": 2}))).field(), Some("spec.queues"));
+        assert!(spec(front(json!({"queues": 1}))).completed(&name("vm1")).is_ok());
         for (field, value) in [("mtu", 67), ("mtu", 9217), ("queues", 0), ("queues", 129)] {
             let error = refused(json!({"socket": listen(), field: value}));
             assert_eq!(error.field(), Some(format!("spec.{field}").as_str()));

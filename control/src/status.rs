@@ -63,7 +63,7 @@ impl Phase {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Whose {
-    /// The VMM or the guest behind the socket.
+    /// The VMM or the guest behind the socket, or another switch.
     FrontEnd,
     /// This host: a bridge, a TAP, a directory, a permission.
     Host,
@@ -135,13 +135,17 @@ fn missing(spec: &PlugSpec, port: &PortReport) -> Option<Condition> {
 
 fn waiting_for_front_end(socket: &Socket, session: &SessionStatus) -> String {
     let path = &socket.path;
+    let other = if socket.role.is_front_end() { "back end" } else { "front end" };
     match &session.state {
         SessionState::Listening => match &session.last_error {
-            None => format!("waiting for a front end to connect to {path}"),
-            Some(error) => format!("waiting for a front end to connect to {path}; the last one: {error}"),
+            None => format!("waiting for a {other} to connect to {path}"),
+            Some(error) => format!("waiting for a {other} to connect to {path}; the last one: {error}"),
         },
         SessionState::Dialling { last_error: None, .. } => format!("dialling {path}"),
         SessionState::Dialling { last_error: Some(error), .. } => format!("dialling {path}: {error}"),
+        SessionState::Negotiating if socket.role.is_front_end() => {
+            format!("the back end at {path} has not answered everything yet")
+        }
         SessionState::Negotiating | SessionState::Linked => {
             let peer = session.peer.map_or_else(String::new, |peer| format!(" (pid {})", peer.pid));
             format!("a front end{peer} is connected to {path}, its driver has enabled no rings yet")

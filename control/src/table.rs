@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::api::{FdbRow, PortDrops, PortKind, PortStats, QueueMove, Worker};
 use crate::cli::Format;
-use crate::spec::{PlugSpec, Role, To};
+use crate::spec::{PlugSpec, To};
 use crate::status::Plug;
 
 /// Something that makes a row.
@@ -106,10 +106,7 @@ fn waiting_for(plug: &Plug) -> String {
 }
 
 fn socket(spec: &PlugSpec) -> String {
-    spec.socket.as_ref().map_or_else(String::new, |socket| match socket.role {
-        Role::Listen => format!("listen {}", socket.path),
-        Role::Connect => format!("connect {}", socket.path),
-    })
+    spec.socket.as_ref().map_or_else(String::new, |socket| format!("{} {}", socket.role.name(), socket.path))
 }
 
 fn to(plug: &Plug) -> String {
@@ -155,7 +152,11 @@ impl Row for PortStats {
         let counts = &self.counts;
         let sum =
             |read: fn(&crate::api::RingStats) -> u64| self.rings.iter().map(read).sum::<u64>().to_string();
-        let kind = if self.kind == PortKind::Tap { "tap" } else { "vhost_user" };
+        let kind = match self.kind {
+            PortKind::VhostUser => "vhost_user",
+            PortKind::FrontEnd => "front_end",
+            PortKind::Tap => "tap",
+        };
         vec![
             self.port.clone(),
             counts.rx_frames.to_string(),

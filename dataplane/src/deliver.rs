@@ -4,17 +4,70 @@
 //! gathered into private memory, its checksum completed or the frame segmented there, and the result delivered as a
 //! burst of its own: slow, and only then.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use sys::call::Caller;
-use vring::{BURST_MAX, Burst, Frames, HEADER_LEN, RxRing};
+use vring::driver::DriverTx;
+use vring::{BURST_MAX, Burst, Enqueued, Frames, HEADER_LEN, RingFault, RxRing};
 use wire::{Offloads, VnetHeader, flow_hash};
 
 use crate::counters::RingCounters;
 use crate::drops::DropReason;
 use crate::events::Events;
-use crate::port::{Guest, Port, PortLink, RingSlot, Tap, TapPort};
+use crate::port::{Driven, Guest, Port, PortLink, RingSlot, Tap, TapPort};
+
+/// A ring that frames are delivered into.
+trait Sink {
+    /// Why frames are dropped: it has no room; it is not running; it makes no sense.
+    const FULL: DropReason;
+    const DOWN: DropReason;
+    const BROKEN: DropReason;
+
+    fn enqueue(&mut self, burst: &Burst<'_>, select: u64) -> Result<Enqueued, RingFault>;
+    /// To be signalled when [`Enqueued::call`] says so.
+    fn bell(&self) -> Option<BorrowedFd<'_>>;
+    /// To be signalled when it breaks.
+    fn err_fd(&self) -> Option<BorrowedFd<'_>>;
+}
+
+impl Sink for RxRing {
+    const FULL: DropReason = DropReason::GuestRxRingFull;
+    const DOWN: DropReason = DropReason::GuestRxRingDisabled;
+    const BROKEN: DropReason = DropReason::GuestDescriptorInvalid;
+
+    #[inline]
+    fn enqueue(&mut self, burst: &Burst<'_>, select: u64) -> Result<Enqueued, RingFault> {
+        self.enqueue(burst, select)
+    }
+
+    #[inline]
+    fn bell(&self) -> Option<BorrowedFd<'_>> {
+        self.call_fd()
+    }
+
+    fn err_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.err_fd()
+    }
+}
+
+impl Sink for Driven<DriverTx> {
+    const FULL: DropReason = DropReason::PeerRingFull;
+    const DOWN: DropReason = DropReason::PeerDown;
+    const BROKEN: DropReason = DropReason::PeerDown;
+
+    fn enqueue(&mut self, burst: &Burst<'_>, select: u64) -> Result<Enqueued, RingFault> {
+        self.ring.enqueue(burst, select)
+    }
+
+    fn bell(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.kick.as_fd())
+    }
+
+    fn err_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
 
 /// What a worker needs to deliver. One per worker.
 pub(crate) struct Deliverer {
@@ -56,6 +109,7 @@ impl Deliverer {
         let select = if self.longest > port.frame_max() { fitting(port, burst, select) } else { select };
         match &port.link {
             PortLink::Guest(guest) => self.guest(port, guest, burst, select),
+            PortLink::FrontEnd(front) => self.ring(port, &front.tx, 1, front.accepts(), burst, select),
             PortLink::Tap(tap) => self.tap(port, tap, burst, select),
         }
     }
@@ -88,11 +142,25 @@ impl Deliverer {
     #[inline]
     fn queue(&mut self, port: &Port, guest: &Guest, queue: u16, burst: &Burst<'_>, select: u64) {
         let Some(pair) = guest.pairs.get(usize::from(queue)) else { return };
+        self.ring(port, &pair.rx, 2 * queue, guest.accepts(), burst, select);
+    }
+
+    /// Delivers into vring `index` of `port`, whose other side takes the offloads in `accepts`.
+    #[inline]
+    fn ring<R: Sink>(
+        &mut self,
+        port: &Port,
+        slot: &RingSlot<R>,
+        index: u16,
+        accepts: Offloads,
+        burst: &Burst<'_>,
+        select: u64,
+    ) {
         if self.plain {
-            return self.enqueue(port, &pair.rx, queue, burst, select);
+            return self.enqueue(port, slot, index, burst, select);
         }
-        self.offloaded(port, guest.accepts(), burst, select, |own, burst, select| {
-            own.enqueue(port, &pair.rx, queue, burst, select);
+        self.offloaded(port, accepts, burst, select, |own, burst, select| {
+            own.enqueue(port, slot, index, burst, select);
         });
     }
 
@@ -150,11 +218,18 @@ impl Deliverer {
     }
 
     #[inline]
-    fn enqueue(&mut self, port: &Port, slot: &RingSlot<RxRing>, queue: u16, burst: &Burst<'_>, select: u64) {
+    fn enqueue<R: Sink>(
+        &mut self,
+        port: &Port,
+        slot: &RingSlot<R>,
+        index: u16,
+        burst: &Burst<'_>,
+        select: u64,
+    ) {
         let mut state = slot.lock();
         let enabled = state.enabled;
         let Some(ring) = state.ring.as_mut().filter(|_| enabled) else {
-            return port.counters.drop(DropReason::GuestRxRingDisabled, select.count_ones().into());
+            return port.counters.drop(R::DOWN, select.count_ones().into());
         };
         let counters = slot.counters();
         match ring.enqueue(burst, select) {
@@ -162,28 +237,28 @@ impl Deliverer {
                 let gso = if self.plain { 0 } else { gso_frames(burst, select) };
                 counters.burst_alone(done.frames.into(), done.bytes, gso.min(done.frames.into()));
                 if done.full | done.too_small | done.malformed | done.unmapped != 0 {
-                    counters.drop(DropReason::GuestRxRingFull, done.full.into());
+                    counters.drop(R::FULL, done.full.into());
                     counters.drop(DropReason::GuestBufferTooSmall, done.too_small.into());
                     counters.drop(DropReason::GuestDescriptorInvalid, done.malformed.into());
                     counters.drop(DropReason::GuestUnmappedAddress, done.unmapped.into());
                 }
                 if done.call
-                    && let Some(call) = ring.call_fd()
+                    && let Some(call) = ring.bell()
                 {
                     counters.calls.add(1);
-                    // A call that cannot be made is the guest's loss: its eventfd is no eventfd any more.
+                    // What cannot be signalled is the other side's loss: its eventfd is no eventfd any more.
                     let _ = self.caller.call(call);
                 }
             }
             Err(fault) => {
-                counters.drop(DropReason::GuestDescriptorInvalid, select.count_ones().into());
+                counters.drop(R::BROKEN, select.count_ones().into());
                 if let Some(err) = ring.err_fd() {
                     let _ = self.caller.call(err);
                 }
                 state.ring = None;
                 state.broken = Some(fault);
                 drop(state);
-                self.events.ring_broken(port, 2 * queue, fault);
+                self.events.ring_broken(port, index, fault);
             }
         }
     }

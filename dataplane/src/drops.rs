@@ -87,6 +87,12 @@ reasons! {
     TapError "tap_error" Host "Is the TAP up? `ip link show` tells.";
     /// A receiver needs this frame segmented or its checksum completed, and that failed.
     GsoUnsupported "gso_unsupported" Guest "The receiver did not negotiate the offload and the frame cannot be segmented in software.";
+    /// The back end that we drive gave no TX buffers back in time.
+    PeerRingFull "peer_ring_full" Host "The back end that the port is attached to does not take frames fast enough.";
+    /// No back end is attached, or its session is being started anew.
+    PeerDown "peer_down" Host "No back end is attached: `vhostd show` tells what the port waits for.";
+    /// A merged frame of which buffers are missing.
+    PeerFrameTorn "peer_frame_torn" Host "The back end publishes merged frames in parts: a defect there.";
     /// The port is being removed.
     PortDraining "port_draining" Policy "The port was unplugged while the frame was on its way.";
 }

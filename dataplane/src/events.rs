@@ -2,7 +2,7 @@
 
 use vring::RingFault;
 
-use crate::port::Port;
+use crate::port::{Port, PortLink};
 use crate::report::{Event, EventKind};
 
 /// Where events go.
@@ -17,7 +17,12 @@ impl Events {
 
     /// A ring was stopped because of its content. Once per ring and start, so it cannot flood a log.
     pub(crate) fn ring_broken(&self, port: &Port, ring: u16, fault: RingFault) {
-        tracing::warn!(port = port.name, ring, %fault, "vring stopped: the front end must set it up again");
+        if let PortLink::FrontEnd(front) = &port.link {
+            tracing::warn!(port = port.name, ring, %fault, "vring stopped: the session with the back end begins anew");
+            front.bell.ring();
+        } else {
+            tracing::warn!(port = port.name, ring, %fault, "vring stopped: the front end must set it up again");
+        }
         self.tell(port, EventKind::RingBroken { ring, reason: fault.to_string() });
     }
 }

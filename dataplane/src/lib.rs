@@ -13,8 +13,8 @@
 //!
 //! # Threads
 //!
-//! Workers, one per lcore; and the session thread of `vhost_user`, which starts and stops rings through `guest`. They
-//! share `port`: each ring behind a lock of its own, taken once a burst. Control adds and removes ports by
+//! Workers, one per lcore; the session thread of `vhost_user`, which starts and stops rings through `guest`; and for each
+//! port that is a front end the thread of its attachment, which does so through `frontend`. They share `port`: each ring behind a lock of its own, taken once a burst. Control adds and removes ports by
 //! [`Dataplane`] and reads counters at any time.
 #![forbid(unsafe_code)]
 
@@ -23,6 +23,7 @@ mod deliver;
 mod drops;
 mod events;
 pub mod fdb;
+mod frontend;
 mod guest;
 pub mod light;
 mod placement;
@@ -37,7 +38,9 @@ mod worker;
 pub use drops::{DropReason, Who};
 pub use placement::{Move, Sample, propose};
 pub use plane::{Dataplane, Error};
-pub use report::{Counters, Event, EventKind, FdbEntry, PortId, PortReport, RingReport, WorkerReport};
+pub use report::{
+    Counters, Event, EventKind, FdbEntry, PortId, PortKind, PortReport, RingReport, WorkerReport,
+};
 pub use spec::{Config, Link, Poll, PortSpec};
 
 /// Smallest MTU (RFC 791).

@@ -9,22 +9,23 @@ use std::time::{Duration, Instant};
 
 use sys::call::Caller;
 use sys::tap::{TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_USO4, TUN_F_USO6};
-use vhost_user::{EndpointError, EndpointId, Limits, Sessions};
+use vhost_user::{Attachment, Bell, Endpoint, EndpointError, EndpointId, Limits, SessionStatus, Sessions};
 use wire::Offloads;
 
 use crate::counters::RingCounters;
 use crate::events::Events;
+use crate::frontend::PortDriver;
 use crate::guest::GuestDevice;
 use crate::placement::{Move, QueueSample, Sample};
-use crate::port::{Guest, Port, PortLink, QUEUE_PAIRS_MAX, RingSlot, Tap, TapPort};
-use crate::report::{Counters, FdbEntry, PortId, PortReport, RingReport, WorkerReport};
+use crate::port::{FrontEnd, Guest, Port, PortLink, QUEUE_PAIRS_MAX, RingSlot, Tap, TapPort};
+use crate::report::{Counters, FdbEntry, PortId, PortKind, PortReport, RingReport, WorkerReport};
 use crate::spec::{Config, Link, PortSpec};
 use crate::switch::Network;
 use crate::worker::{Command, Worker, WorkerShared};
 use crate::{MTU_MAX, MTU_MIN};
 
-/// Addresses that a TAP may teach: a whole LAN may be behind it.
-const TAP_FDB_MAX: u32 = 65_536;
+/// Addresses that a TAP or a back end may teach: a whole LAN may be behind it.
+const LAN_FDB_MAX: u32 = 65_536;
 /// What the kernel may leave to us on its way to guests: what they mostly accept, and we can do if they do not.
 const TAP_OFFLOADS: u32 = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN | TUN_F_USO4 | TUN_F_USO6;
 /// How long a worker may take to answer a command before we say so instead of waiting for ever.
@@ -99,7 +100,16 @@ struct State {
 
 struct Entry {
     port: Arc<Port>,
-    endpoint: Option<EndpointId>,
+    session: Option<Session>,
+}
+
+/// Who speaks for a port with a socket.
+#[derive(Clone)]
+enum Session {
+    /// The session thread, with front ends.
+    Served(EndpointId),
+    /// A thread of its own, with a back end.
+    Attached(Arc<Attachment>),
 }
 
 impl Dataplane {
@@ -156,7 +166,7 @@ impl Dataplane {
             }
             let network = state.networks.entry(spec.network.clone());
             let network = network.or_insert_with(|| Arc::new(Network::new(spec.network.clone()))).clone();
-            let fdb_max = if endpoint.is_some() { self.fdb_port_max } else { TAP_FDB_MAX };
+            let fdb_max = if matches!(link, PortLink::Guest(_)) { self.fdb_port_max } else { LAN_FDB_MAX };
             let port = network.clone().add(|slot| {
                 Arc::new(Port {
                     id,
@@ -170,7 +180,7 @@ impl Dataplane {
                 })
             });
             let port = port.ok_or(Error::NetworkFull { name: spec.name, network: spec.network })?;
-            state.ports.insert(id, Entry { port: port.clone(), endpoint: None });
+            state.ports.insert(id, Entry { port: port.clone(), session: None });
             port
         };
         let started = match endpoint {
@@ -186,9 +196,11 @@ impl Dataplane {
 
     /// Removes a port: rings stopped, memory unmapped, socket file gone. False if there is none.
     pub fn remove_port(&self, id: PortId) -> bool {
-        let Some(Entry { port, endpoint }) = self.state().ports.remove(&id) else { return false };
-        if let (Some(sessions), Some(endpoint)) = (&self.sessions, endpoint) {
-            sessions.remove(endpoint);
+        let Some(Entry { port, session }) = self.state().ports.remove(&id) else { return false };
+        match (session, &self.sessions) {
+            (Some(Session::Served(endpoint)), Some(sessions)) => sessions.remove(endpoint),
+            (Some(Session::Attached(attachment)), _) => attachment.end(),
+            _ => {}
         }
         let (done, dones) = mpsc::channel();
         for worker in self.workers.iter() {
@@ -210,14 +222,15 @@ impl Dataplane {
 
     /// One port.
     pub fn port(&self, id: PortId) -> Option<PortReport> {
-        let (port, endpoint) = self.state().ports.get(&id).map(|e| (e.port.clone(), e.endpoint))?;
-        Some(self.report(&port, endpoint))
+        let (port, session) = self.state().ports.get(&id).map(|e| (e.port.clone(), e.session.clone()))?;
+        Some(self.report(&port, session.as_ref()))
     }
 
     /// All ports, by number.
     pub fn ports(&self) -> Vec<PortReport> {
-        let ports: Vec<_> = self.state().ports.values().map(|e| (e.port.clone(), e.endpoint)).collect();
-        ports.iter().map(|(port, endpoint)| self.report(port, *endpoint)).collect()
+        let ports: Vec<_> =
+            self.state().ports.values().map(|e| (e.port.clone(), e.session.clone())).collect();
+        ports.iter().map(|(port, session)| self.report(port, session.as_ref())).collect()
     }
 
     /// All workers.
@@ -279,7 +292,7 @@ impl Dataplane {
     }
 
     /// Places a link's queues on workers, in turn.
-    fn prepare(&self, name: &str, link: Link) -> Result<(PortLink, Option<vhost_user::Endpoint>), Error> {
+    fn prepare(&self, name: &str, link: Link) -> Result<(PortLink, Option<Endpoint>), Error> {
         let workers = u32::try_from(self.workers.len()).unwrap_or(1);
         let next = || self.next_worker.fetch_add(1, Ordering::Relaxed) % workers;
         match link {
@@ -292,6 +305,15 @@ impl Dataplane {
                     pair.tx.worker.store(worker, Ordering::Relaxed);
                 }
                 Ok((PortLink::Guest(guest), Some(endpoint)))
+            }
+            Link::FrontEnd { endpoint } => {
+                let bell = Bell::new().map_err(|cause| Error::System {
+                    what: format!("port {name}: eventfd of its session"),
+                    cause,
+                })?;
+                let front = FrontEnd::new(bell);
+                front.rx.worker.store(next(), Ordering::Relaxed);
+                Ok((PortLink::FrontEnd(front), Some(endpoint)))
             }
             Link::Tap { queues } => {
                 let mut offloads = TAP_OFFLOADS;
@@ -313,14 +335,20 @@ impl Dataplane {
         }
     }
 
-    fn serve(&self, port: &Arc<Port>, endpoint: vhost_user::Endpoint) -> Result<(), Error> {
+    fn serve(&self, port: &Arc<Port>, endpoint: Endpoint) -> Result<(), Error> {
         let Some(sessions) = &self.sessions else { return Ok(()) };
         let (workers, events) = (self.workers.clone(), self.events.clone());
-        let device = GuestDevice::new(port.clone(), workers, events, self.caller.clone());
-        let id = sessions.add(endpoint, Box::new(device));
-        let id = id.map_err(|cause| Error::Endpoint { name: port.name.clone(), cause })?;
+        let session = if let PortLink::FrontEnd(front) = &port.link {
+            let driver = PortDriver::new(port.clone(), workers, events);
+            let attachment = Attachment::start(endpoint, Box::new(driver), front.bell.clone());
+            attachment.map(|attachment| Session::Attached(Arc::new(attachment)))
+        } else {
+            let device = GuestDevice::new(port.clone(), workers, events, self.caller.clone());
+            sessions.add(endpoint, Box::new(device)).map(Session::Served)
+        };
+        let session = session.map_err(|cause| Error::Endpoint { name: port.name.clone(), cause })?;
         if let Some(entry) = self.state().ports.get_mut(&port.id) {
-            entry.endpoint = Some(id);
+            entry.session = Some(session);
         }
         Ok(())
     }
@@ -339,13 +367,21 @@ impl Dataplane {
         Ok(())
     }
 
-    fn report(&self, port: &Port, endpoint: Option<EndpointId>) -> PortReport {
-        let session = endpoint.and_then(|id| self.sessions.as_ref()?.status(id));
+    fn status(&self, session: &Session) -> Option<SessionStatus> {
+        match session {
+            Session::Served(id) => self.sessions.as_ref()?.status(*id),
+            Session::Attached(attachment) => Some(attachment.status()),
+        }
+    }
+
+    fn report(&self, port: &Port, session: Option<&Session>) -> PortReport {
+        let session = session.and_then(|session| self.status(session));
         let mut counters = Counters::default();
         port.counters.add_to(&mut counters, false);
-        let rings = match &port.link {
-            PortLink::Guest(guest) => guest_rings(guest),
-            PortLink::Tap(tap) => tap_rings(tap),
+        let (kind, rings) = match &port.link {
+            PortLink::Guest(guest) => (PortKind::VhostUser, guest_rings(guest)),
+            PortLink::FrontEnd(front) => (PortKind::FrontEnd, front_end_rings(front)),
+            PortLink::Tap(tap) => (PortKind::Tap, tap_rings(tap)),
         };
         for ring in &rings {
             counters.add(&ring.counters);
@@ -355,6 +391,7 @@ impl Dataplane {
             id: port.id,
             name: port.name.clone(),
             network: port.network.name.clone(),
+            kind,
             mtu: port.mtu.load(Ordering::Relaxed),
             linked,
             forwarding: linked,
@@ -386,6 +423,11 @@ impl Dataplane {
 impl Drop for Dataplane {
     fn drop(&mut self) {
         self.sessions = None;
+        for entry in std::mem::take(&mut self.state().ports).into_values() {
+            if let Some(Session::Attached(attachment)) = entry.session {
+                attachment.end();
+            }
+        }
         for worker in self.workers.iter() {
             worker.send(Command::Stop);
         }
@@ -464,6 +506,16 @@ fn guest_rings(guest: &Guest) -> Vec<RingReport> {
     rings
 }
 
+/// The two rings of a back end, if they ever ran.
+fn front_end_rings(front: &FrontEnd) -> Vec<RingReport> {
+    let rx = front.rx.lock().ring.as_ref().map(|rx| rx.ring.ring().size());
+    let tx = front.tx.lock().ring.as_ref().map(|tx| tx.ring.ring().size());
+    [ring_report(&front.rx, 0, rx, true), ring_report(&front.tx, 1, tx, false)]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
 fn ring_report<R>(slot: &RingSlot<R>, index: u16, size: Option<u16>, from_port: bool) -> Option<RingReport> {
     let counted = slot.counters_if_any();
     if size.is_none() && counted.is_none() {
@@ -523,6 +575,9 @@ fn queue_samples(port: &Port) -> Vec<QueueSample> {
             .zip(&guest.pairs)
             .map(|(n, pair)| sample(n, &pair.tx.worker, pair.tx.counters_if_any(), true))
             .collect(),
+        PortLink::FrontEnd(front) => {
+            vec![sample(0, &front.rx.worker, front.rx.counters_if_any(), false)]
+        }
         PortLink::Tap(tap) => {
             (0u16..).zip(&tap.queues).map(|(n, tap)| sample(n, &tap.worker, Some(&tap.rx), false)).collect()
         }
@@ -540,6 +595,11 @@ fn polled_by(port: &Port, worker: u32) -> Vec<String> {
             })
             .map(|(n, _)| name(2 * n + 1))
             .collect(),
+        PortLink::FrontEnd(front) => {
+            let rx = &front.rx;
+            let polls = rx.worker.load(Ordering::Relaxed) == worker && rx.lock().ring.is_some();
+            polls.then(|| name(0)).into_iter().collect()
+        }
         PortLink::Tap(tap) => (0u16..)
             .zip(&tap.queues)
             .filter(|(_, queue)| queue.worker.load(Ordering::Relaxed) == worker)
@@ -575,7 +635,7 @@ mod tests {
         let plane = Dataplane::start(config).unwrap();
         let dir = tempfile::tempdir().unwrap();
         for name in ["a", "b"] {
-            let endpoint = vhost_user::Endpoint::listen(dir.path().join(name));
+            let endpoint = Endpoint::listen(dir.path().join(name));
             let link = Link::VhostUser { endpoint, mac: None, queue_pairs: 1 };
             plane.add_port(PortSpec { name: name.into(), network: "net".into(), mtu: 1500, link }).unwrap();
         }

@@ -5,12 +5,16 @@
 //! nobody needs to be asked. Uncontended, the lock is two atomic operations a burst.
 //!
 //! A worker holds the lock of the TX ring it polls while it takes those of the RX rings it delivers to, one at a time.
-//! Nobody takes a TX lock while holding an RX lock, so there is no cycle.
+//! Nobody takes a TX lock while holding an RX lock, so there is no cycle. With the rings of a back end, which we drive, it is
+//! the same the other way round: frames come from RX and go to TX.
 
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use sys::tap::TapQueue;
+use vhost_user::Bell;
+use vring::driver::{DriverRx, DriverTx};
 use vring::{RingFault, RxRing, TxRing};
 use wire::Offloads;
 
@@ -41,6 +45,7 @@ pub(crate) struct Port {
 /// What is behind it.
 pub(crate) enum PortLink {
     Guest(Guest),
+    FrontEnd(FrontEnd),
     Tap(Tap),
 }
 
@@ -201,6 +206,60 @@ impl Guest {
     }
 }
 
+/// A back end's rings, which we drive.
+pub(crate) struct FrontEnd {
+    /// Frames from the back end.
+    pub(crate) rx: RingSlot<Driven<DriverRx>>,
+    /// Frames to it.
+    pub(crate) tx: RingSlot<Driven<DriverTx>>,
+    /// What the back end takes, and may ask for: bits of [`Offloads`].
+    accepts: AtomicU8,
+    sends: AtomicU8,
+    pub(crate) linked: AtomicBool,
+    /// To be rung when a ring breaks.
+    pub(crate) bell: Bell,
+}
+
+/// A ring that we drive, and its eventfds. The back end holds them too.
+pub(crate) struct Driven<R> {
+    pub(crate) ring: R,
+    /// Us → back end.
+    pub(crate) kick: OwnedFd,
+    /// Back end → us.
+    pub(crate) call: OwnedFd,
+}
+
+impl FrontEnd {
+    pub(crate) fn new(bell: Bell) -> Self {
+        Self {
+            rx: RingSlot::default(),
+            tx: RingSlot::default(),
+            accepts: AtomicU8::new(0),
+            sends: AtomicU8::new(0),
+            linked: AtomicBool::new(false),
+            bell,
+        }
+    }
+
+    /// The back end is to us what a host is to a guest.
+    pub(crate) fn set_features(&self, features: u64) {
+        self.accepts.store(Offloads::from_driver_features(features).bits(), Ordering::Relaxed);
+        self.sends.store(Offloads::from_guest_features(features).bits(), Ordering::Relaxed);
+    }
+
+    /// What it takes.
+    #[inline]
+    pub(crate) fn accepts(&self) -> Offloads {
+        Offloads::from_bits(self.accepts.load(Ordering::Relaxed))
+    }
+
+    /// What it may ask for.
+    #[inline]
+    pub(crate) fn sends(&self) -> Offloads {
+        Offloads::from_bits(self.sends.load(Ordering::Relaxed))
+    }
+}
+
 /// A TAP's queues. Reads and writes of one frame are atomic in the kernel, so queues need no lock.
 pub(crate) struct Tap {
     /// What the kernel behind it does for us.
@@ -223,7 +282,7 @@ impl Port {
     pub(crate) fn guest(&self) -> Option<&Guest> {
         match &self.link {
             PortLink::Guest(guest) => Some(guest),
-            PortLink::Tap(_) => None,
+            PortLink::FrontEnd(_) | PortLink::Tap(_) => None,
         }
     }
 
@@ -237,6 +296,7 @@ impl Port {
     pub(crate) fn linked(&self) -> bool {
         match &self.link {
             PortLink::Guest(guest) => guest.linked.load(Ordering::Relaxed),
+            PortLink::FrontEnd(front) => front.linked.load(Ordering::Relaxed),
             PortLink::Tap(_) => true,
         }
     }

@@ -80,10 +80,22 @@ impl Counters {
     }
 }
 
+/// What is behind a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PortKind {
+    /// A guest.
+    VhostUser,
+    /// A back end, whose front end we are.
+    FrontEnd,
+    /// The host.
+    Tap,
+}
+
 /// One vring (or TAP queue) of a port.
 #[derive(Clone, Debug)]
 pub struct RingReport {
-    /// Vring index: 2n receive, 2n+1 transmit in the guest's view. For a TAP: queue number.
+    /// Vring index: 2n receive, 2n+1 transmit in the view of the guest, which we play for a back end. For a TAP: queue
+    /// number.
     pub index: u16,
     /// Running and not broken.
     pub started: bool,
@@ -97,9 +109,9 @@ pub struct RingReport {
     pub worker: usize,
     /// Frames, bytes, drops of this ring alone.
     pub counters: Counters,
-    /// Wake-ups by the guest.
+    /// Wake-ups by the other side.
     pub kicks: u64,
-    /// Notifications sent to the guest.
+    /// Notifications sent to the other side.
     pub calls: u64,
     /// Bursts that carried at least one frame.
     pub bursts: u64,
@@ -114,13 +126,15 @@ pub struct PortReport {
     pub name: String,
     /// Network.
     pub network: String,
+    /// What is behind it.
+    pub kind: PortKind,
     /// MTU in force, bytes.
     pub mtu: u16,
-    /// Rings run and are enabled (vhost-user), or the TAP is open.
+    /// Rings run and are enabled (guest, back end), or the TAP is open.
     pub linked: bool,
     /// Linked, and every worker that serves it has it in its list.
     pub forwarding: bool,
-    /// The session, for a vhost-user port.
+    /// The session, for a port with a socket.
     pub session: Option<SessionStatus>,
     /// Sums over the rings.
     pub counters: Counters,

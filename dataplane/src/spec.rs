@@ -56,6 +56,11 @@ pub enum Link {
         /// Queue pairs that may be used, 1..=128.
         queue_pairs: u16,
     },
+    /// A back end on a vhost-user socket, whose front end we are: another switch, which takes us for a guest.
+    FrontEnd {
+        /// Socket and role.
+        endpoint: Endpoint,
+    },
     /// A TAP: the network's way to a Linux bridge, OVS or the host itself.
     Tap {
         /// Its queues, open and with a 12-byte vnet header.

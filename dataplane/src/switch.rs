@@ -361,5 +361,6 @@ fn reason_of(fault: ChainFault) -> DropReason {
         ChainFault::Unmapped => DropReason::GuestUnmappedAddress,
         ChainFault::Short => DropReason::Runt,
         ChainFault::Long => DropReason::MtuExceeded,
+        ChainFault::Torn => DropReason::PeerFrameTorn,
     }
 }

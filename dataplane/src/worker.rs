@@ -1,5 +1,5 @@
-//! A worker: one thread that polls sources (TX rings of guests, queues of TAPs) and takes their frames through the
-//! switch.
+//! A worker: one thread that polls sources (TX rings of guests, RX rings of back ends, queues of TAPs) and takes their
+//! frames through the switch.
 //!
 //! # Turns
 //!
@@ -43,7 +43,7 @@ use crate::counters::RingCounters;
 use crate::deliver::Deliverer;
 use crate::drops::DropReason;
 use crate::events::Events;
-use crate::port::{Guest, Port, PortLink, RingState, Tap};
+use crate::port::{Driven, FrontEnd, Guest, Port, PortLink, RingState, Tap};
 use crate::spec::Poll;
 use crate::switch::{Ingress, PortTable, forward};
 use crate::tap::TapReader;
@@ -259,6 +259,13 @@ impl Worker {
             state.ring = None;
             state.broken = Some(RingFault::Defect);
         }
+        if let PortLink::FrontEnd(front) = &port.link {
+            let mut state = front.rx.lock();
+            if let Some(rx) = state.ring.take() {
+                self.shared.unwatch(rx.call.as_fd());
+            }
+            state.broken = Some(RingFault::Defect);
+        }
         self.events.ring_broken(&port, 2 * queue + 1, RingFault::Defect);
         self.reindex();
     }
@@ -321,6 +328,7 @@ impl Worker {
         let port = source.port.clone();
         match &port.link {
             PortLink::Guest(guest) => self.poll_guest(index, &port, guest),
+            PortLink::FrontEnd(front) => self.poll_front_end(index, &port, front),
             PortLink::Tap(tap) => self.poll_tap(index, &port, tap),
         }
     }
@@ -383,6 +391,43 @@ impl Worker {
         Found::Frames(frames)
     }
 
+    fn poll_front_end(&mut self, index: usize, port: &Arc<Port>, front: &FrontEnd) -> Found {
+        let source = &self.sources[index];
+        let mut state = front.rx.lock();
+        let RingState { ring: slot, broken, .. } = &mut *state;
+        let Some(Driven { ring, kick, call }) = slot.as_deref_mut() else { return Found::NoRing };
+        let counters = front.rx.counters();
+        let mut burst = match ring.dequeue(&mut self.frames) {
+            Ok(burst) => burst,
+            Err(fault) => {
+                self.shared.unwatch(call.as_fd());
+                *slot = None;
+                *broken = Some(fault);
+                drop(state);
+                self.events.ring_broken(port, 0, fault);
+                return Found::NoRing;
+            }
+        };
+        if burst.burst.is_empty() {
+            return Found::Nothing;
+        }
+        let ingress = Ingress {
+            port,
+            table: &source.table,
+            counters,
+            sends: front.sends(),
+            now_s: seconds(self.now, self.started),
+        };
+        let frames = forward(&ingress, &mut burst.burst, &mut self.deliverer);
+        // Memory of ours that is gone is found at the next burst.
+        self.deliverer.source_fault = false;
+        if burst.complete() {
+            counters.calls.add(1);
+            let _ = self.deliverer.caller.call(kick.as_fd());
+        }
+        Found::Frames(frames)
+    }
+
     fn poll_tap(&mut self, index: usize, port: &Arc<Port>, tap: &Tap) -> Found {
         let source = &self.sources[index];
         let Some(queue) = tap.queues.get(usize::from(source.queue)) else { return Found::NoRing };
@@ -411,6 +456,7 @@ impl Worker {
         match &source.port.link {
             // Every frame that comes is an edge of its own.
             PortLink::Tap(_) => true,
+            PortLink::FrontEnd(front) => front.rx.lock().ring.as_mut().is_none_or(|rx| rx.ring.arm()),
             PortLink::Guest(guest) => {
                 let Some(pair) = guest.pairs.get(usize::from(source.queue)) else { return true };
                 match pair.tx.lock().ring.as_mut() {
@@ -433,6 +479,16 @@ impl Worker {
                 && let Some(ring) = pair.tx.lock().ring.as_mut()
             {
                 ring.disarm();
+            }
+        }
+        if let PortLink::FrontEnd(front) = &source.port.link {
+            if kicked {
+                front.rx.counters().kicks.add(1);
+            }
+            if !source.active
+                && let Some(rx) = front.rx.lock().ring.as_mut()
+            {
+                rx.ring.disarm();
             }
         }
         source.last = self.now;

@@ -63,6 +63,8 @@ pub struct PortStats {
 pub enum PortKind {
     /// A guest.
     VhostUser,
+    /// Another switch, to which we are a guest.
+    FrontEnd,
     /// The host.
     Tap,
 }
@@ -70,7 +72,8 @@ pub enum PortKind {
 /// What passed a ring or TAP queue.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub struct RingStats {
-    /// Vring index: even receives, odd transmits, in the guest's view. For a TAP: queue number.
+    /// Vring index: even receives, odd transmits, in the view of the guest (ours, if we are one to another switch). For a
+    /// TAP: queue number.
     pub index: u16,
     /// Descriptors.
     pub size: u16,
@@ -86,9 +89,9 @@ pub struct RingStats {
     /// Of this ring alone.
     #[serde(flatten)]
     pub counts: Counts,
-    /// Wake-ups by the guest.
+    /// Wake-ups by the other side.
     pub kicks: u64,
-    /// Notifications sent to the guest.
+    /// Notifications sent to the other side.
     pub calls: u64,
     /// Bursts that carried at least one frame.
     pub bursts: u64,
@@ -230,7 +233,7 @@ pub(super) async fn networks(State(daemon): Shared) -> Json<Vec<Network>> {
     for report in daemon.dataplane.ports() {
         let new = || Network { name: report.network.clone(), ports: Vec::new(), uplink: None };
         let network = networks.entry(report.network.clone()).or_insert_with(new);
-        if report.session.is_none() {
+        if report.kind == dataplane::PortKind::Tap {
             network.uplink = Some(report.name.clone());
         }
         network.ports.push(report.name);
@@ -248,7 +251,11 @@ fn port_stats(port: PortReport) -> PortStats {
         plug: plug_of_port(&port.name).into(),
         port: port.name,
         network: port.network,
-        kind: if port.session.is_some() { PortKind::VhostUser } else { PortKind::Tap },
+        kind: match port.kind {
+            dataplane::PortKind::VhostUser => PortKind::VhostUser,
+            dataplane::PortKind::FrontEnd => PortKind::FrontEnd,
+            dataplane::PortKind::Tap => PortKind::Tap,
+        },
         mtu: port.mtu,
         linked: port.linked,
         forwarding: port.forwarding,

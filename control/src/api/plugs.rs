@@ -131,7 +131,7 @@ impl From<PlugError> for Problem {
                 };
                 let hint = match spec {
                     SpecError::Empty => Some(
-                        "spec.socket, spec.to or both; on the command line --listen, --connect, --to"
+                        "spec.socket, spec.to or both; on the command line --listen, --connect, --frontend-listen, --frontend-connect, --to"
                             .to_owned(),
                     ),
                     _ => None,

@@ -179,10 +179,11 @@ impl Steps {
             ports.push(self.add_port(PortSpec { name, network: network.clone(), mtu, link }).await?);
         }
         if let Some(endpoint) = endpoint {
-            let link = Link::VhostUser {
-                endpoint,
-                mac: spec.mac.map(|mac| mac.0),
-                queue_pairs: spec.guest_queues(),
+            let link = if spec.is_front_end() {
+                Link::FrontEnd { endpoint }
+            } else {
+                let (mac, queue_pairs) = (spec.mac.map(|mac| mac.0), spec.guest_queues());
+                Link::VhostUser { endpoint, mac, queue_pairs }
             };
             ports.push(self.add_port(PortSpec { name: id.to_string(), network, mtu, link }).await?);
         }
@@ -226,8 +227,8 @@ impl Steps {
     fn endpoint(&self, socket: &Socket) -> Result<Endpoint, StepError> {
         let access = Access { mode: self.rules.mode, owner: None, group: self.rules.gid };
         let role = match socket.role {
-            Role::Listen => vhost_user::Role::Listen(access),
-            Role::Connect => vhost_user::Role::Connect,
+            Role::Listen | Role::FrontendListen => vhost_user::Role::Listen(access),
+            Role::Connect | Role::FrontendConnect => vhost_user::Role::Connect,
         };
         let (path, beneath) = (socket.path.as_path().to_owned(), self.rules.dir_of(socket)?);
         Ok(Endpoint { path, beneath, role, users: Vec::new() })

@@ -170,8 +170,9 @@ fn examine(entries: &BTreeMap<Name, Entry>, id: &Name, spec: &PlugSpec) -> Resul
 
 /// What two plugs would share though only one can have it.
 fn shared(id: &Name, spec: &PlugSpec, other: &Name, theirs: &PlugSpec) -> Option<(String, &'static str)> {
-    let path = |spec: &PlugSpec| spec.socket.as_ref().map(|s| s.path.clone());
-    if let (Some(path), true) = (path(spec), path(spec) == path(theirs)) {
+    // A front end and a back end on one socket are a cable between two networks.
+    let end = |spec: &PlugSpec| spec.socket.as_ref().map(|s| (s.path.clone(), s.role.is_front_end()));
+    if let (Some((path, _)), true) = (end(spec), end(spec) == end(theirs)) {
         return Some((format!("socket {path}"), "spec.socket.path"));
     }
     let tap = |spec: &PlugSpec, id| spec.to.as_ref().map(|to: &To| to.tap(id));

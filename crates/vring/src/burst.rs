@@ -46,6 +46,8 @@ pub enum ChainFault {
     Short,
     /// Longer than a frame can be.
     Long,
+    /// Buffers of a merged frame are missing (rings that we drive).
+    Torn,
 }
 
 /// Contiguous bytes of a frame somewhere outside of [`Frames`].

@@ -261,8 +261,8 @@ fn a_frame_that_is_none_is_given_up_alone() {
     assert_eq!(merged(1, 1, 0), (1, Some(ChainFault::Short)));
     assert_eq!(merged(0, 1, 26), (1, None), "some devices leave it at 0");
     assert_eq!(merged(2, 2, 2048), (1, None));
-    assert_eq!(merged(3, 2, 2048), (1, Some(ChainFault::Malformed)), "a part is missing");
-    assert_eq!(merged(u16::MAX, 5, 2048), (1, Some(ChainFault::Malformed)));
+    assert_eq!(merged(3, 2, 2048), (1, Some(ChainFault::Torn)), "a part is missing");
+    assert_eq!(merged(u16::MAX, 5, 2048), (1, Some(ChainFault::Torn)));
     assert_eq!(merged(40, 40, 2048), (1, Some(ChainFault::Long)));
     assert_eq!(merged(2, 2, 12), (1, Some(ChainFault::Short)));
 }

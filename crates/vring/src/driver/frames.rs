@@ -131,7 +131,7 @@ impl DriverRx {
         for _ in 1..count {
             // A frame is published as a whole.
             let Some((at, part)) = self.take_buffer()? else {
-                frames.abandon_chain(begun, ChainFault::Malformed);
+                frames.abandon_chain(begun, ChainFault::Torn);
                 return Ok(true);
             };
             len = len.saturating_add(part);
