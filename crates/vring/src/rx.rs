@@ -129,6 +129,7 @@ fn enqueue<L: Layout>(
         at: Cursor { next: ring.next, used: ring.used },
         left: select & burst.valid(),
         placed: 0,
+        lengths: 0,
         bytes: 0,
     };
     ring.begin_burst();
@@ -149,12 +150,11 @@ fn enqueue<L: Layout>(
             place_singles(ring, scratch, burst, &mut run)?;
             continue;
         }
-        let frame = run.left.trailing_zeros() as usize % BURST_MAX;
-        run.left &= run.left - 1;
+        let frame = take_first(&mut run.left);
         run.at = place_frame(ring, scratch, burst, frame, run.at, &mut result)?;
         place_singles(ring, scratch, burst, &mut run)?;
     }
-    copy_singles(burst, &scratch.targets, run.placed, ring.header_len);
+    copy_singles(burst, &scratch.targets, &run, ring.header_len);
     ring.check_memory()?;
     result.frames += run.placed.count_ones();
     result.bytes += run.bytes;
@@ -172,6 +172,8 @@ struct Run {
     /// Frames that have one buffer each, and where that is: to be copied when all have theirs, so that the lines are on
     /// their way.
     placed: u64,
+    /// All bits of their lengths, header included: below a power of two if each of them is.
+    lengths: u32,
     /// Their bytes, without header.
     bytes: u64,
 }
@@ -189,7 +191,7 @@ fn place_singles<L: Layout>(
     let header_len = ring.header_len;
     let (places, targets) = (burst.places(), &mut *scratch.targets);
     let first_used = ring.used;
-    let (mut at, mut left, mut bytes) = (run.at, run.left, 0u64);
+    let (mut at, mut left, mut lengths, mut bytes) = (run.at, run.left, run.lengths, 0u64);
     let mut known = ring.known(at.next);
     while left != 0 && known != 0 {
         let Some((id, descriptor)) = layout.first(at.next)? else { break };
@@ -209,49 +211,63 @@ fn place_singles<L: Layout>(
             layout.set_used(at.used, id, len);
         }
         at = Cursor { next: layout.advance(at.next, 1), used: layout.advance(at.used, 1) };
+        lengths |= len;
         bytes = bytes.wrapping_add(len.wrapping_sub(header_len).into());
     }
     run.placed |= run.left & !left;
     run.bytes += bytes;
-    (run.at, run.left) = (at, left);
+    (run.at, run.left, run.lengths) = (at, left, lengths);
     Ok(())
 }
 
 /// Writes the frames that have one buffer each.
 #[inline(always)]
-fn copy_singles(burst: &Burst<'_>, targets: &[*mut u8; BURST_MAX], placed: u64, header_len: u32) {
-    let mut left = placed;
-    if let Some((heads, places)) = burst.singles().filter(|_| header_len == HEADER_BYTES) {
+fn copy_singles(burst: &Burst<'_>, targets: &[*mut u8; BURST_MAX], run: &Run, header_len: u32) {
+    let mut left = run.placed;
+    let Some((heads, places)) = burst.singles().filter(|_| header_len == HEADER_BYTES) else {
         while left != 0 {
-            let frame = left.trailing_zeros() as usize % BURST_MAX;
-            left &= left.wrapping_sub(1);
-            // While this frame is copied, the next one's lines come: a tail that has to be waited for line by line costs
-            // a third more.
-            let next = left.trailing_zeros() as usize % BURST_MAX;
-            if left != 0 && places[next].len as usize > HEAD_LEN {
-                prefetch_tail(&places[next], targets[next]);
-            }
-            let (head, place, target) = (&heads[frame].0, places[frame], targets[frame]);
-            let len = place.len as usize;
-            // SAFETY: the target was translated for the frame's whole length, in memory that the ring holds. The head is
-            // ours; the rest is memory that the burst keeps mapped, and may be the same as the target if a guest
-            // arranged for it.
-            unsafe {
-                copy(head.as_ptr(), target, len.min(HEAD_LEN));
-                if len > HEAD_LEN {
-                    let (from, to) = (place.at.wrapping_add(HEAD_LEN), target.add(HEAD_LEN));
-                    crate::copy::copy_overlapping(from, to, len.wrapping_sub(HEAD_LEN));
-                }
-            }
+            let frame = take_first(&mut left);
+            // SAFETY: the target was translated for the frame's whole length, in memory that the ring holds.
+            unsafe { copy_frame(burst, frame, targets[frame], header_len) };
+        }
+        return;
+    };
+    if (run.lengths as usize) < HEAD_LEN {
+        while left != 0 {
+            let frame = take_first(&mut left);
+            // SAFETY: as above; the head is ours, and no frame is longer.
+            unsafe { copy(heads[frame].0.as_ptr(), targets[frame], places[frame].len as usize) };
         }
         return;
     }
     while left != 0 {
-        let frame = left.trailing_zeros() as usize % BURST_MAX;
-        left &= left.wrapping_sub(1);
-        // SAFETY: the target was translated for the frame's whole length, in memory that the ring holds.
-        unsafe { copy_frame(burst, frame, targets[frame], header_len) };
+        let frame = take_first(&mut left);
+        // While this frame is copied, the next one's lines come: a tail that has to be waited for line by line costs a
+        // third more.
+        if left != 0 {
+            let next = left.trailing_zeros() as usize % BURST_MAX;
+            prefetch_tail(&places[next], targets[next]);
+        }
+        let (head, place, target) = (&heads[frame].0, places[frame], targets[frame]);
+        let len = place.len as usize;
+        // SAFETY: as above. What follows the head is memory that the burst keeps mapped, and may be the same as the
+        // target if a guest arranged for it.
+        unsafe {
+            copy(head.as_ptr(), target, len.min(HEAD_LEN));
+            if len > HEAD_LEN {
+                let (from, to) = (place.at.wrapping_add(HEAD_LEN), target.add(HEAD_LEN));
+                crate::copy::copy_overlapping(from, to, len.wrapping_sub(HEAD_LEN));
+            }
+        }
     }
+}
+
+/// Takes the first frame out of a set that is not empty.
+#[inline(always)]
+fn take_first(frames: &mut u64) -> usize {
+    let first = frames.trailing_zeros() as usize % BURST_MAX;
+    *frames &= frames.wrapping_sub(1);
+    first
 }
 
 /// Asks the cache for what lies behind a frame's head, source and target.

@@ -288,7 +288,8 @@ impl Layout for SplitRing {
 
     #[inline]
     fn prefetch(&self, at: u16, count: u16) {
-        for i in 0..count {
+        // Four descriptors are in a line, and drivers mostly offer them in the order in which they lie there.
+        for i in (0..count).step_by(4) {
             // A hint only: the entry is read again when its turn comes.
             let head = self.avail_entry(at.wrapping_add(i));
             crate::copy::prefetch(self.desc.wrapping_add(2 * usize::from(head)).cast());
