@@ -99,7 +99,9 @@ fn main() -> Result<()> {
     }
     let outcome = check(&counts, &std::fs::read_to_string(STORED).with_context(|| STORED)?);
     if !wide_registers() {
-        println!("not held against the stored counts: they are of a processor with AVX2, which this one has not");
+        println!(
+            "not held against the stored counts: they are of a processor with AVX2, which this one has not"
+        );
         return Ok(());
     }
     outcome
