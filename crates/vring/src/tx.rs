@@ -39,7 +39,7 @@ impl TxRing {
         Ok(Self { ring: AnyRing::start(setup, memory)? })
     }
 
-    /// Takes up to [`BURST_MAX`] frames; an empty burst if there are none.
+    /// Takes up to [`BURST_MAX`](crate::BURST_MAX) frames; an empty burst if there are none.
     ///
     /// On an error the ring must not be used any more.
     #[inline]
