@@ -145,8 +145,9 @@ fn enqueue<L: Layout>(
             result.full += run.left.count_ones();
             break;
         };
-        // Perhaps the buffer only lies in another region.
-        if looked.replace(run.at.next) != Some(run.at.next) && ring.look_at(descriptor.addr) {
+        // Perhaps the buffer only lies in another region, or was not known to be available.
+        if looked.replace(run.at.next) != Some(run.at.next) {
+            ring.look_at(descriptor.addr);
             place_singles(ring, scratch, burst, &mut run)?;
             continue;
         }

@@ -277,8 +277,11 @@ impl Layout for SplitRing {
         if available > self.size {
             return Err(RingFault::AvailIndex { from: next, to, size: self.size });
         }
-        *seen = to;
-        Ok(available)
+        // An index that goes back takes nothing away from a burst that counts on what it said before.
+        if available > known {
+            *seen = to;
+        }
+        Ok(available.max(known))
     }
 
     #[inline]

@@ -169,8 +169,11 @@ impl Model {
         if available > self.size {
             return Err(RingFault::AvailIndex { from: self.next, to, size: self.size });
         }
-        self.seen = to;
-        Ok(available)
+        // What was said before stays said.
+        if available > known {
+            self.seen = to;
+        }
+        Ok(available.max(known))
     }
 
     /// Head of the chain `step` entries further on.
