@@ -54,13 +54,36 @@ pub(crate) struct Guest {
     pub(crate) mac: Option<[u8; 6]>,
     /// RX ring and TX ring of each queue pair.
     pub(crate) pairs: Box<[QueuePair]>,
-    /// What the guest accepts on its RX rings, and may ask for on its TX rings: bits of [`Offloads`].
-    accepts: AtomicU8,
-    sends: AtomicU8,
+    /// What the guest accepts on its RX rings, and may ask for on its TX rings.
+    agreed: Agreed,
     /// RX queues that take frames: the first `rx_active_len` of `rx_active`.
     rx_active: Box<[AtomicU8]>,
     rx_active_len: AtomicU16,
     pub(crate) linked: AtomicBool,
+}
+
+/// Offloads as negotiated with the other end: bits of [`Offloads`].
+#[derive(Default)]
+struct Agreed {
+    accepts: AtomicU8,
+    sends: AtomicU8,
+}
+
+impl Agreed {
+    fn set(&self, accepts: Offloads, sends: Offloads) {
+        self.accepts.store(accepts.bits(), Ordering::Relaxed);
+        self.sends.store(sends.bits(), Ordering::Relaxed);
+    }
+
+    #[inline]
+    fn accepts(&self) -> Offloads {
+        Offloads::from_bits(self.accepts.load(Ordering::Relaxed))
+    }
+
+    #[inline]
+    fn sends(&self) -> Offloads {
+        Offloads::from_bits(self.sends.load(Ordering::Relaxed))
+    }
 }
 
 /// One queue pair.
@@ -155,8 +178,7 @@ impl Guest {
         Self {
             mac,
             pairs: (0..queue_pairs).map(|_| QueuePair::default()).collect(),
-            accepts: AtomicU8::new(0),
-            sends: AtomicU8::new(0),
+            agreed: Agreed::default(),
             rx_active: (0..queue_pairs).map(|_| AtomicU8::new(0)).collect(),
             rx_active_len: AtomicU16::new(0),
             linked: AtomicBool::new(false),
@@ -164,20 +186,19 @@ impl Guest {
     }
 
     pub(crate) fn set_features(&self, features: u64) {
-        self.accepts.store(Offloads::from_guest_features(features).bits(), Ordering::Relaxed);
-        self.sends.store(Offloads::from_driver_features(features).bits(), Ordering::Relaxed);
+        self.agreed.set(Offloads::from_guest_features(features), Offloads::from_driver_features(features));
     }
 
     /// What its RX rings take.
     #[inline]
     pub(crate) fn accepts(&self) -> Offloads {
-        Offloads::from_bits(self.accepts.load(Ordering::Relaxed))
+        self.agreed.accepts()
     }
 
     /// What its TX rings may ask for.
     #[inline]
     pub(crate) fn sends(&self) -> Offloads {
-        Offloads::from_bits(self.sends.load(Ordering::Relaxed))
+        self.agreed.sends()
     }
 
     /// Notes which RX queues take frames. A worker that reads in the middle of it picks a queue that was or will be
@@ -212,9 +233,8 @@ pub(crate) struct FrontEnd {
     pub(crate) rx: RingSlot<Driven<DriverRx>>,
     /// Frames to it.
     pub(crate) tx: RingSlot<Driven<DriverTx>>,
-    /// What the back end takes, and may ask for: bits of [`Offloads`].
-    accepts: AtomicU8,
-    sends: AtomicU8,
+    /// What the back end takes, and may ask for.
+    agreed: Agreed,
     pub(crate) linked: AtomicBool,
     /// To be rung when a ring breaks.
     pub(crate) bell: Bell,
@@ -234,8 +254,7 @@ impl FrontEnd {
         Self {
             rx: RingSlot::default(),
             tx: RingSlot::default(),
-            accepts: AtomicU8::new(0),
-            sends: AtomicU8::new(0),
+            agreed: Agreed::default(),
             linked: AtomicBool::new(false),
             bell,
         }
@@ -243,20 +262,19 @@ impl FrontEnd {
 
     /// The back end is to us what a host is to a guest.
     pub(crate) fn set_features(&self, features: u64) {
-        self.accepts.store(Offloads::from_driver_features(features).bits(), Ordering::Relaxed);
-        self.sends.store(Offloads::from_guest_features(features).bits(), Ordering::Relaxed);
+        self.agreed.set(Offloads::from_driver_features(features), Offloads::from_guest_features(features));
     }
 
     /// What it takes.
     #[inline]
     pub(crate) fn accepts(&self) -> Offloads {
-        Offloads::from_bits(self.accepts.load(Ordering::Relaxed))
+        self.agreed.accepts()
     }
 
     /// What it may ask for.
     #[inline]
     pub(crate) fn sends(&self) -> Offloads {
-        Offloads::from_bits(self.sends.load(Ordering::Relaxed))
+        self.agreed.sends()
     }
 }
 
