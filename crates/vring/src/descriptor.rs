@@ -46,21 +46,18 @@ impl Descriptor {
 
     /// From the two words as they lie in a packed ring (virtio 1.2, 2.8.13): id and flags have changed places.
     #[inline]
-    #[allow(clippy::cast_possible_truncation)]
     pub(crate) fn from_packed(addr: u64, rest: u64) -> Self {
-        let rest = u64::from_le(rest);
-        Self {
-            addr: u64::from_le(addr),
-            len: rest as u32,
-            flags: (rest >> 48) as u16,
-            next: (rest >> 32) as u16,
-        }
+        Self::from_words(addr, rest).exchanged()
     }
 
     /// The two words as they lie in a packed ring.
     #[inline]
     pub(crate) fn to_packed(self) -> [u64; 2] {
-        let rest = u64::from(self.len) | u64::from(self.next) << 32 | u64::from(self.flags) << 48;
-        [self.addr.to_le(), rest.to_le()]
+        self.exchanged().to_words()
+    }
+
+    #[inline]
+    fn exchanged(self) -> Self {
+        Self { flags: self.next, next: self.flags, ..self }
     }
 }

@@ -292,6 +292,36 @@ fn malformed_chains() {
 /// As many frames as wrap both rings some times.
 const COUNT: usize = 20;
 
+/// The device takes all frames there are, each time so many that belong together, or a multiple.
+fn take(tx: &mut TxRing, batch: usize) {
+    let mut frames = Frames::default();
+    let mut taken = 0;
+    while taken < COUNT {
+        let burst = tx.dequeue(&mut frames).unwrap();
+        assert!(burst.burst.len().is_multiple_of(batch), "part of a batch");
+        for i in 0..burst.burst.len() {
+            let mut got = Vec::new();
+            burst.burst.gather(i, &mut got);
+            assert!(got == pattern(188, taken), "frame {taken}");
+            taken += 1;
+        }
+        burst.complete();
+        thread::yield_now();
+    }
+}
+
+/// The device delivers as many.
+fn deliver(rx: &mut RxRing) {
+    let mut frames = Frames::default();
+    let mut delivered = 0;
+    while delivered < COUNT {
+        let frame = pattern(188, delivered);
+        let burst = frames.load([(&[0; 12], &frame[..])]);
+        delivered += rx.enqueue(&burst, 1).unwrap().frames as usize;
+        thread::yield_now();
+    }
+}
+
 #[test]
 fn a_driver_sends_while_the_device_takes() {
     let mut guest = Guest::new();
@@ -308,19 +338,7 @@ fn a_driver_sends_while_the_device_takes() {
         }
         guest
     });
-    let mut frames = Frames::default();
-    let mut taken = 0;
-    while taken < COUNT {
-        let burst = tx.dequeue(&mut frames).unwrap();
-        for i in 0..burst.burst.len() {
-            let mut got = Vec::new();
-            burst.burst.gather(i, &mut got);
-            assert!(got == pattern(188, taken), "frame {taken}");
-            taken += 1;
-        }
-        burst.complete();
-        thread::yield_now();
-    }
+    take(&mut tx, 1);
     drop(driver.join().unwrap());
 }
 
@@ -338,14 +356,7 @@ fn a_driver_receives_while_the_device_delivers() {
         }
         guest
     });
-    let mut frames = Frames::default();
-    let mut delivered = 0;
-    while delivered < COUNT {
-        let frame = pattern(188, delivered);
-        let burst = frames.load([(&[0; 12], &frame[..])]);
-        delivered += rx.enqueue(&burst, 1).unwrap().frames as usize;
-        thread::yield_now();
-    }
+    deliver(&mut rx);
     drop(driver.join().unwrap());
 }
 
@@ -530,20 +541,7 @@ fn a_packed_driver_and_a_device_at_once() {
             }
             guest
         });
-        let mut frames = Frames::default();
-        let mut taken = 0;
-        while taken < COUNT {
-            let burst = tx.dequeue(&mut frames).unwrap();
-            assert!(burst.burst.len().is_multiple_of(2), "half of a batch");
-            for i in 0..burst.burst.len() {
-                let mut got = Vec::new();
-                burst.burst.gather(i, &mut got);
-                assert!(got == pattern(188, taken), "frame {taken}");
-                taken += 1;
-            }
-            burst.complete();
-            thread::yield_now();
-        }
+        take(&mut tx, 2);
         drop(driver.join().unwrap());
     }
 }
@@ -566,13 +564,6 @@ fn a_packed_driver_receives_while_the_device_delivers() {
         }
         guest
     });
-    let mut frames = Frames::default();
-    let mut delivered = 0;
-    while delivered < COUNT {
-        let frame = pattern(188, delivered);
-        let burst = frames.load([(&[0; 12], &frame[..])]);
-        delivered += rx.enqueue(&burst, 1).unwrap().frames as usize;
-        thread::yield_now();
-    }
+    deliver(&mut rx);
     drop(driver.join().unwrap());
 }

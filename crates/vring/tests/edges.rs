@@ -9,7 +9,7 @@ mod model;
 
 use std::time::{Duration, Instant};
 
-use model::{Model, Rig, noise, regions};
+use model::{Beside, Model, Rig, noise, regions};
 use vring::{
     Burst, ChainFault, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, FRAME_LEN_MAX, Frames, features,
 };

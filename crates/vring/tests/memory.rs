@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use model::{Model, Rig, noise, regions};
+use model::{Beside, Model, Rig, noise, regions};
 use rustix::event::{EventfdFlags, epoll};
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 use vring::driver::{DriverMemory, DriverRing};

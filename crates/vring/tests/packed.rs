@@ -8,18 +8,13 @@ mod model;
 mod plan;
 
 use model::packed::{AVAIL, Packed, Place, USED};
-use model::{noise, regions};
-use plan::{ChainPlan, Mutation, frame_lens, frames, parts};
+use model::{Beside, noise, regions};
+use plan::{BUFFERS, ChainPlan, IMAGE, Mutation, TABLES, buffers, frame_lens, frames, parts};
 use proptest::prelude::*;
 use vring::driver::{Buffer, DriverRing};
 use vring::{
     ChainFault, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, Frames, RingFault, TxRing, features,
 };
-
-/// The ring before, indirect tables, then buffers.
-const TABLES: usize = 0x8000;
-const BUFFERS: usize = 0x1_8000;
-const IMAGE: usize = 0x8_0000;
 
 const INDIRECT: u64 = 1 << features::INDIRECT_DESC;
 const MODERN: u64 = INDIRECT | 1 << features::VERSION_1;
@@ -129,7 +124,7 @@ impl Driver {
         {
             return None;
         }
-        let mut list = self.buffers(packed, plan, writable);
+        let mut list = buffers(&packed.rig.model, &mut self.buffer, plan, writable);
         if indirect {
             let addr = packed.rig.model.guest_addr(self.table);
             let len = 16 * u32::from(count);
@@ -160,27 +155,6 @@ impl Driver {
         Some(slots)
     }
 
-    fn buffers(&mut self, packed: &Packed, plan: &ChainPlan, writable: bool) -> Vec<Descriptor> {
-        let model = &packed.rig.model;
-        let flags = if writable { DESC_WRITE } else { 0 };
-        let mut list = Vec::new();
-        for &len in &plan.lens {
-            // A buffer does not lie across a hole, or it would not be well-formed.
-            let mut at = self.buffer;
-            for edge in model.regions.windows(2) {
-                let hole = edge[0].guest + edge[0].len as u64 != edge[1].guest;
-                if hole && at < edge[1].offset && at + len as usize > edge[1].offset {
-                    at = edge[1].offset;
-                }
-            }
-            let len = len.min(u32::try_from(IMAGE.saturating_sub(at)).unwrap());
-            at = at.min(IMAGE - 1);
-            list.push(Descriptor { addr: model.guest_addr(at), len, flags, next: 0 });
-            self.buffer = (at + len as usize).max(self.buffer);
-        }
-        list
-    }
-
     /// Breaks something of what was offered.
     fn mutate(&self, packed: &mut Packed, mutation: &Mutation) {
         let Some(at) = slot_of(mutation).and_then(|slot| self.slots.get(slot % self.slots.len().max(1)))
@@ -190,24 +164,13 @@ impl Driver {
         let model = &packed.rig.model;
         let mut d = packed.descriptor(*at);
         match *mutation {
-            Mutation::Edge { region, by, .. } => {
-                let region = model.regions[region % model.regions.len()];
-                d.addr = (region.guest + region.len as u64 - u64::from(d.len)).wrapping_add_signed(by);
-            }
+            Mutation::Edge { region, by, .. } => d.addr = plan::near_the_edge(model, region, d.len, by),
             Mutation::Table { by, .. } => {
                 d.flags = d.flags & (AVAIL | USED) | DESC_INDIRECT;
                 d.len = u32::try_from(16 * (i64::from(model.size) + by)).unwrap_or(0);
             }
             Mutation::Descriptor { field, value, .. } => {
-                let bytes = value.to_le_bytes();
-                let low = u16::from_le_bytes([bytes[0], bytes[1]]);
-                match field {
-                    0 => d.addr = value,
-                    1 => d.len = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
-                    2 => d.flags = low,
-                    3 => d.flags ^= [1, 2, 4, AVAIL, USED][usize::from(low % 5)],
-                    _ => d.next = low,
-                }
+                plan::set_field(&mut d, field, value, &[1, 2, 4, AVAIL, USED]);
             }
             Mutation::Entry { head, .. } => d.flags = d.flags & !(AVAIL | USED) | head & (AVAIL | USED),
             Mutation::Index(_) | Mutation::Jump(_) => {}

@@ -17,7 +17,7 @@ mod plan;
 use std::io::{Read as _, Write as _};
 use std::sync::atomic::Ordering;
 
-use model::{Model, Rig};
+use model::{Beside, Model, Rig};
 use plan::{RingPlan, Writer, frame_lens, frames, parts};
 use proptest::prelude::*;
 use virtio_queue::desc::RawDescriptor;

@@ -1,44 +1,102 @@
-//! A driver that does what an input says.
+//! A driver that does what an input says, with the device beside it.
 
-use vring::{Descriptor, features};
+use vring::{Descriptor, Frames, features};
 
 use crate::Input;
 use crate::model::packed::{AVAIL, Packed, Place, USED};
-use crate::model::{Model, Rig, noise, regions};
+use crate::model::{Beside, Model, Region, Rig, noise, regions};
 
 const TABLES: u64 = 0x800;
 const BUFFERS: u64 = 0x1000;
 const IMAGE: usize = 0x1_0000;
 
-/// A ring in three regions.
-pub struct Driver {
-    pub rig: Rig,
+/// A driver of either layout, whose ring lies in three regions.
+pub trait Driver {
+    type Ring: Beside;
+
+    fn new(input: &mut Input<'_>) -> Self;
+    fn ring(&mut self) -> &mut Self::Ring;
+    /// One step; false if it is the device's turn.
+    fn step(&mut self, input: &mut Input<'_>) -> bool;
+}
+
+/// What it sends, chain by chain as the model has it.
+pub fn tx<D: Driver>(bytes: &[u8]) {
+    let mut input = Input(bytes);
+    let mut driver = D::new(&mut input);
+    let mut ring = driver.ring().start_tx();
+    let mut frames = Frames::default();
+    while !input.is_empty() {
+        if driver.step(&mut input) {
+            continue;
+        }
+        driver.ring().load();
+        if driver.ring().send(&mut ring, &mut frames).is_err() {
+            return;
+        }
+    }
+}
+
+/// What is delivered to it.
+pub fn rx<D: Driver>(bytes: &[u8]) {
+    let mut input = Input(bytes);
+    let mut driver = D::new(&mut input);
+    let mut ring = driver.ring().start_rx();
+    let mut room = Frames::default();
+    while !input.is_empty() {
+        if driver.step(&mut input) {
+            continue;
+        }
+        driver.ring().load();
+        let frames: Vec<_> = (0..1 + input.byte() % 8)
+            .map(|i| {
+                let mut frame = noise(12 + 14 + usize::from(input.word() % 4096), i.into());
+                frame[10..12].copy_from_slice(&[1, 0]);
+                frame
+            })
+            .collect();
+        let parts = frames.iter().filter_map(|frame| frame.split_first_chunk());
+        let burst = room.load(parts);
+        // Buffers over each other: anything may be in them.
+        let Some(Ok(_)) = driver.ring().receive(&mut ring, &burst, &frames) else { return };
+    }
+}
+
+/// Those of the features that the next byte names.
+fn choice(input: &mut Input<'_>, known: &[u32]) -> u64 {
+    let bits = input.byte();
+    (0..).zip(known).filter(|(i, _)| bits >> i & 1 != 0).map(|(_, bit)| 1u64 << bit).sum()
+}
+
+/// Three regions, the first with ring and tables.
+fn cut(input: &mut Input<'_>) -> Vec<Region> {
+    let cut = 1 + usize::from(input.byte()) * 32;
+    let gap = u64::from(input.byte() % 3);
+    regions(&[(BUFFERS as usize, 0), (cut, gap), (IMAGE - BUFFERS as usize - cut, gap / 2)])
+}
+
+pub struct SplitDriver {
+    rig: Rig,
     avail: u16,
 }
 
-/// What came of a step.
-pub enum Step {
-    Done,
-    /// The device's turn.
-    Turn,
-}
+impl Driver for SplitDriver {
+    type Ring = Rig;
 
-impl Driver {
-    pub fn new(input: &mut Input<'_>) -> Self {
+    fn new(input: &mut Input<'_>) -> Self {
         let size = 1 << (input.byte() % 6);
-        let bits = input.byte();
         let known = [features::INDIRECT_DESC, features::MRG_RXBUF, features::VERSION_1, features::EVENT_IDX];
-        let features = (0..).zip(known).filter(|(i, _)| bits >> i & 1 != 0).map(|(_, bit)| 1u64 << bit).sum();
+        let features = choice(input, &known);
         let base = input.word();
-        let cut = 1 + usize::from(input.byte()) * 32;
-        let gap = u64::from(input.byte() % 3);
-        let parts = [(BUFFERS as usize, 0), (cut, gap), (IMAGE - BUFFERS as usize - cut, gap / 2)];
-        let rig = Rig::new(Model::new(noise(IMAGE, 1), regions(&parts), size, features, base));
+        let rig = Rig::new(Model::new(noise(IMAGE, 1), cut(input), size, features, base));
         Self { rig, avail: base }
     }
 
-    /// One step.
-    pub fn step(&mut self, input: &mut Input<'_>) -> Step {
+    fn ring(&mut self) -> &mut Rig {
+        &mut self.rig
+    }
+
+    fn step(&mut self, input: &mut Input<'_>) -> bool {
         let model = &mut self.rig.model;
         match input.byte() % 6 {
             0 => {
@@ -66,9 +124,9 @@ impl Driver {
                 let at = usize::from(input.word());
                 model.image[at] = input.byte();
             }
-            _ => return Step::Turn,
+            _ => return false,
         }
-        Step::Done
+        true
     }
 }
 
@@ -92,16 +150,16 @@ fn descriptor(model: &Model, input: &mut Input<'_>) -> Descriptor {
     Descriptor { addr, len, flags, next }
 }
 
-/// The same of a packed ring.
 pub struct PackedDriver {
-    pub packed: Packed,
+    packed: Packed,
     avail: Place,
 }
 
-impl PackedDriver {
-    pub fn new(input: &mut Input<'_>) -> Self {
+impl Driver for PackedDriver {
+    type Ring = Packed;
+
+    fn new(input: &mut Input<'_>) -> Self {
         let size = 1 + u16::from(input.byte() % 40);
-        let bits = input.byte();
         let known = [
             features::INDIRECT_DESC,
             features::MRG_RXBUF,
@@ -109,17 +167,17 @@ impl PackedDriver {
             features::EVENT_IDX,
             features::IN_ORDER,
         ];
-        let features = (0..).zip(known).filter(|(i, _)| bits >> i & 1 != 0).map(|(_, bit)| 1u64 << bit).sum();
+        let features = choice(input, &known);
         let base = input.word();
         let avail = Place::of(base & 0x8000 | (base & 0x7fff) % size);
-        let cut = 1 + usize::from(input.byte()) * 32;
-        let gap = u64::from(input.byte() % 3);
-        let parts = [(BUFFERS as usize, 0), (cut, gap), (IMAGE - BUFFERS as usize - cut, gap / 2)];
-        Self { packed: Packed::new(noise(IMAGE, 1), regions(&parts), size, features, avail.bits()), avail }
+        Self { packed: Packed::new(noise(IMAGE, 1), cut(input), size, features, avail.bits()), avail }
     }
 
-    /// One step.
-    pub fn step(&mut self, input: &mut Input<'_>) -> Step {
+    fn ring(&mut self) -> &mut Packed {
+        &mut self.packed
+    }
+
+    fn step(&mut self, input: &mut Input<'_>) -> bool {
         let size = self.packed.size();
         match input.byte() % 6 {
             // The next descriptor, mostly of this lap.
@@ -142,8 +200,8 @@ impl PackedDriver {
                 let at = usize::from(input.word());
                 self.packed.rig.model.image[at] = input.byte();
             }
-            _ => return Step::Turn,
+            _ => return false,
         }
-        Step::Done
+        true
     }
 }

@@ -291,8 +291,17 @@ impl Model {
 
     /// What the chain at `head` sends: virtio-net header as delivered, and frame.
     pub fn frame(&self, head: u16) -> Result<(Vec<u8>, Vec<u8>), ChainFault> {
+        self.gather(self.walk(head, false, self.longest())?)
+    }
+
+    /// Bytes that a chain may send.
+    fn longest(&self) -> u64 {
+        u64::from(FRAME_LEN_MAX) + self.header_len() as u64
+    }
+
+    /// What a chain of these buffers sends.
+    fn gather(&self, buffers: Vec<Range<usize>>) -> Result<(Vec<u8>, Vec<u8>), ChainFault> {
         let header_len = self.header_len();
-        let buffers = self.walk(head, false, u64::from(FRAME_LEN_MAX) + header_len as u64)?;
         let bytes: Vec<u8> = buffers.into_iter().flat_map(|r| self.image[r].iter().copied()).collect();
         if bytes.len() < header_len + 14 {
             return Err(ChainFault::Short);
@@ -382,7 +391,7 @@ impl Model {
             let step = taken + u16::try_from(heads.len()).unwrap();
             if heads.is_empty()
                 && let head = self.head(step)?
-                && let Some(buffer) = self.simple(head, left)
+                && let Some(buffer) = self.simple(self.descriptor(16 * usize::from(head)), left)
             {
                 room.push(buffer);
                 heads.push((head, left));
@@ -404,39 +413,16 @@ impl Model {
             let head = self.head(step)?;
             let before = left;
             match self.writable(head, read) {
-                Ok(buffers) => {
-                    for buffer in buffers {
-                        let part = buffer.len().min(left);
-                        room.push(buffer.start..buffer.start + part);
-                        left -= part;
-                    }
-                }
+                Ok(buffers) => take(buffers, &mut left, &mut room),
                 Err(why) => fault = Some(why),
             }
             heads.push((head, before - left));
         }
         let whole = left == 0 && fault.is_none();
-        match fault {
-            _ if whole => {
-                done.frames += 1;
-                done.bytes += (bytes.len() - header_len) as u64;
-            }
-            None => done.too_small += 1,
-            Some(ChainFault::Unmapped) => done.unmapped += 1,
-            Some(_) => done.malformed += 1,
-        }
         if whole {
-            if header_len == 12 {
-                let count = u16::try_from(heads.len()).unwrap();
-                bytes[10..12].copy_from_slice(&count.to_le_bytes());
-            }
-            let mut bytes = &bytes[..];
-            for range in room.into_iter().filter(|r| !r.is_empty()) {
-                let (part, rest) = bytes.split_at(range.len());
-                self.image[range.clone()].copy_from_slice(part);
-                bytes = rest;
-                written.push(range);
-            }
+            self.scatter(&mut bytes, heads.len(), room, written, done);
+        } else {
+            count(fault, done);
         }
         for (i, (head, len)) in (0..).zip(&heads) {
             self.set_used(taken + i, *head, if whole { u32::try_from(*len).unwrap() } else { 0 });
@@ -446,11 +432,33 @@ impl Model {
 
     /// The place for `len` bytes in a chain of one buffer that begins with room for them in one region: the rest of it is
     /// not looked at.
-    fn simple(&self, head: u16, len: usize) -> Option<Range<usize>> {
-        let d = self.descriptor(16 * usize::from(head));
+    fn simple(&self, d: Descriptor, len: usize) -> Option<Range<usize>> {
         let single = d.flags & (DESC_NEXT | DESC_WRITE | DESC_INDIRECT) == DESC_WRITE;
         let (at, room) = self.find(d.addr)?;
         (single && d.len as usize >= len && room >= len).then(|| at..at + len)
+    }
+
+    /// Writes a frame with its header, `bytes`, into the `room` that so many buffers gave.
+    fn scatter(
+        &mut self,
+        bytes: &mut [u8],
+        buffers: usize,
+        room: Vec<Range<usize>>,
+        written: &mut Vec<Range<usize>>,
+        done: &mut Enqueued,
+    ) {
+        done.frames += 1;
+        done.bytes += (bytes.len() - self.header_len()) as u64;
+        if self.header_len() == 12 {
+            bytes[10..12].copy_from_slice(&u16::try_from(buffers).unwrap().to_le_bytes());
+        }
+        let mut left = &bytes[..];
+        for range in room.into_iter().filter(|range| !range.is_empty()) {
+            let (part, rest) = left.split_at(range.len());
+            self.image[range.clone()].copy_from_slice(part);
+            left = rest;
+            written.push(range);
+        }
     }
 
     /// A chain's buffers.
@@ -459,6 +467,24 @@ impl Model {
         let walked = self.walk_into(&mut walk, head, true, u64::MAX);
         read.append(&mut walk.read);
         walked.map(|()| walk.buffers)
+    }
+}
+
+/// Makes `room` in a chain's buffers for the bytes that are `left`.
+fn take(buffers: Vec<Range<usize>>, left: &mut usize, room: &mut Vec<Range<usize>>) {
+    for buffer in buffers {
+        let part = buffer.len().min(*left);
+        room.push(buffer.start..buffer.start + part);
+        *left -= part;
+    }
+}
+
+/// Counts a frame that found no place: of a faulty chain, or in too little room.
+fn count(fault: Option<ChainFault>, done: &mut Enqueued) {
+    match fault {
+        None => done.too_small += 1,
+        Some(ChainFault::Unmapped) => done.unmapped += 1,
+        Some(_) => done.malformed += 1,
     }
 }
 
@@ -500,11 +526,6 @@ impl Rig {
         rig
     }
 
-    /// The driver's changes to the image become visible.
-    pub fn load(&self) {
-        self.memory.write(0, &self.model.image);
-    }
-
     pub fn setup(&self, call: Option<OwnedFd>) -> RingSetup {
         let user_addr = self.memory.region().user_addr;
         let [desc_user_addr, avail_user_addr, used_user_addr] =
@@ -521,16 +542,6 @@ impl Rig {
             err: None,
             enabled: true,
         }
-    }
-
-    pub fn start_tx(&mut self) -> TxRing {
-        self.model.start();
-        TxRing::start(self.setup(Some(eventfd())), &self.mapped).unwrap()
-    }
-
-    pub fn start_rx(&mut self) -> RxRing {
-        self.model.start();
-        RxRing::start(self.setup(Some(eventfd())), &self.mapped).unwrap()
     }
 
     /// The device's memory as it is.
@@ -558,9 +569,42 @@ impl Rig {
             panic!("byte {i:#x} is {:#x}, the model says {:#x}", image[i], self.model.image[i]);
         }
     }
+}
 
+/// A model with the real device beside it.
+pub trait Beside {
+    /// The driver's changes to the image become visible.
+    fn load(&self);
+    fn start_tx(&mut self) -> TxRing;
+    fn start_rx(&mut self) -> RxRing;
     /// Takes all that is available; checks every chain and the memory. An error is where the model has it, and ends it.
-    pub fn send(&mut self, ring: &mut TxRing, frames: &mut Frames) -> Result<Sent, RingFault> {
+    fn send(&mut self, ring: &mut TxRing, frames: &mut Frames) -> Result<Sent, RingFault>;
+    /// Delivers a burst of frames (12-byte header in front of each); checks the outcome and the memory. `None` if buffers
+    /// lie over each other, or over the ring: then anything may have become of it.
+    fn receive(
+        &mut self,
+        ring: &mut RxRing,
+        burst: &Burst<'_>,
+        frames: &[Vec<u8>],
+    ) -> Option<Result<Enqueued, RingFault>>;
+}
+
+impl Beside for Rig {
+    fn load(&self) {
+        self.memory.write(0, &self.model.image);
+    }
+
+    fn start_tx(&mut self) -> TxRing {
+        self.model.start();
+        TxRing::start(self.setup(Some(eventfd())), &self.mapped).unwrap()
+    }
+
+    fn start_rx(&mut self) -> RxRing {
+        self.model.start();
+        RxRing::start(self.setup(Some(eventfd())), &self.mapped).unwrap()
+    }
+
+    fn send(&mut self, ring: &mut TxRing, frames: &mut Frames) -> Result<Sent, RingFault> {
         let mut sent = Sent::default();
         loop {
             let expected = self.model.available(u16::try_from(BURST_MAX).unwrap());
@@ -599,9 +643,7 @@ impl Rig {
         }
     }
 
-    /// Delivers a burst of frames (12-byte header in front of each); checks the outcome and the memory. `None` if buffers
-    /// lie over each other, or over the ring: then anything may have become of it.
-    pub fn receive(
+    fn receive(
         &mut self,
         ring: &mut RxRing,
         burst: &Burst<'_>,

@@ -3,11 +3,11 @@
 use std::ops::Range;
 
 use vring::{
-    BURST_MAX, Burst, ChainFault, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, Enqueued, FRAME_LEN_MAX,
-    Frames, RingFault, RingSetup, RxRing, TxRing, features,
+    BURST_MAX, Burst, ChainFault, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, Enqueued, Frames,
+    RingFault, RingSetup, RxRing, TxRing, features,
 };
 
-use super::{Model, Placed, Region, Rig, Sent, eventfd, frame_of, tangled};
+use super::{Beside, Model, Placed, Region, Rig, Sent, count, eventfd, frame_of, take, tangled};
 
 /// Descriptor flags (virtio 1.2, 2.8.1).
 pub const AVAIL: u16 = 1 << 7;
@@ -184,18 +184,6 @@ impl Packed {
         if endless { Err(ChainFault::Malformed) } else { Ok(buffers) }
     }
 
-    /// What a chain sends: virtio-net header as delivered, and frame.
-    fn frame(&self, chain: &Chain) -> Result<(Vec<u8>, Vec<u8>), ChainFault> {
-        let model = &self.rig.model;
-        let bytes: Vec<u8> =
-            chain.buffers.clone()?.into_iter().flat_map(|r| model.image[r].iter().copied()).collect();
-        let header_len = model.header_len();
-        if bytes.len() < header_len + 14 {
-            return Err(ChainFault::Short);
-        }
-        Ok(([&bytes[..10], &[1, 0]].concat(), bytes[header_len..].to_vec()))
-    }
-
     /// Writes one used element (virtio 1.2, 2.8.4 and 2.8.8): the address stays.
     fn set_used(&mut self, at: Place, id: u16, len: u32) {
         let slot = 16 * usize::from(at.index);
@@ -283,7 +271,7 @@ impl Packed {
         let Some(first) = self.first(at)? else { return Ok(None) };
         let (mut room, mut used) = (Vec::new(), Vec::new());
         let (mut left, mut fault, mut at) = (bytes.len(), None, at);
-        if let Some(buffer) = self.simple(first, left) {
+        if let Some(buffer) = self.rig.model.simple(first, left) {
             room.push(buffer);
             used.push((first.next, 1, u32::try_from(left).unwrap()));
             left = 0;
@@ -304,49 +292,18 @@ impl Packed {
             let chain = self.chain(at, true, u64::MAX, read)?;
             let before = left;
             match chain.buffers {
-                Ok(buffers) => {
-                    for buffer in buffers {
-                        let part = buffer.len().min(left);
-                        room.push(buffer.start..buffer.start + part);
-                        left -= part;
-                    }
-                }
+                Ok(buffers) => take(buffers, &mut left, &mut room),
                 Err(why) => fault = Some(why),
             }
             used.push((chain.id, chain.slots, u32::try_from(before - left).unwrap()));
             at = at.after(chain.slots, size);
         }
-        match fault {
-            None if left == 0 => {
-                done.frames += 1;
-                done.bytes += (bytes.len() - header_len) as u64;
-                if header_len == 12 {
-                    bytes[10..12].copy_from_slice(&u16::try_from(used.len()).unwrap().to_le_bytes());
-                }
-                self.scatter(&bytes, room, written);
-                return Ok(Some(used));
-            }
-            None => done.too_small += 1,
-            Some(ChainFault::Unmapped) => done.unmapped += 1,
-            Some(_) => done.malformed += 1,
+        if left == 0 && fault.is_none() {
+            self.rig.model.scatter(&mut bytes, used.len(), room, written, done);
+            return Ok(Some(used));
         }
+        count(fault, done);
         Ok(Some(used.into_iter().map(|(id, slots, _)| (id, slots, 0)).collect()))
-    }
-
-    fn scatter(&mut self, mut bytes: &[u8], room: Vec<Range<usize>>, written: &mut Vec<Range<usize>>) {
-        for range in room.into_iter().filter(|range| !range.is_empty()) {
-            let (part, rest) = bytes.split_at(range.len());
-            self.rig.model.image[range.clone()].copy_from_slice(part);
-            bytes = rest;
-            written.push(range);
-        }
-    }
-
-    /// The place for `len` bytes in a chain of one buffer that begins with room for them in one region.
-    fn simple(&self, d: Descriptor, len: usize) -> Option<Range<usize>> {
-        let single = d.flags & (DESC_NEXT | DESC_WRITE | DESC_INDIRECT) == DESC_WRITE;
-        let (at, room) = self.rig.model.find(d.addr)?;
-        (single && d.len as usize >= len && room >= len).then(|| at..at + len)
     }
 
     // --- with the device ---
@@ -360,23 +317,44 @@ impl Packed {
         RingSetup { base, ..self.rig.setup(Some(eventfd())) }
     }
 
-    pub fn start_tx(&mut self) -> TxRing {
-        TxRing::start(self.setup(), &self.rig.mapped).unwrap()
-    }
-
-    pub fn start_rx(&mut self) -> RxRing {
-        RxRing::start(self.setup(), &self.rig.mapped).unwrap()
-    }
-
     fn check_base(&self, base: u32) {
         let bits = u32::from(self.next.bits());
         assert_eq!(base, bits | bits << 16, "both halves, of {:?}", self.next);
     }
 
-    /// Takes all that is available; checks every chain and the memory. An error is where the model has it, and ends it.
-    pub fn send(&mut self, ring: &mut TxRing, frames: &mut Frames) -> Result<Sent, RingFault> {
+    /// What breaks the ring in the next burst.
+    fn first_fault(&self, most: u64) -> Option<RingFault> {
+        let mut at = self.next;
+        for _ in 0..BURST_MAX {
+            match self.first(at) {
+                Err(fault) => return Some(fault),
+                Ok(None) => return None,
+                Ok(Some(_)) => match self.chain(at, false, most, &mut Vec::new()) {
+                    Err(fault) => return Some(fault),
+                    Ok(chain) => at = at.after(chain.slots, self.size()),
+                },
+            }
+        }
+        None
+    }
+}
+
+impl Beside for Packed {
+    fn load(&self) {
+        self.rig.load();
+    }
+
+    fn start_tx(&mut self) -> TxRing {
+        TxRing::start(self.setup(), &self.rig.mapped).unwrap()
+    }
+
+    fn start_rx(&mut self) -> RxRing {
+        RxRing::start(self.setup(), &self.rig.mapped).unwrap()
+    }
+
+    fn send(&mut self, ring: &mut TxRing, frames: &mut Frames) -> Result<Sent, RingFault> {
         let mut sent = Sent::default();
-        let most = u64::from(FRAME_LEN_MAX) + self.rig.model.header_len() as u64;
+        let most = self.rig.model.longest();
         for _ in 0..BURSTS {
             self.rig.model.walked.set(0);
             let burst = match ring.dequeue(frames) {
@@ -394,7 +372,7 @@ impl Packed {
                     "chain {i} at {at:?} is not there"
                 );
                 let chain = self.chain(at, false, most, &mut Vec::new()).expect("a ring in order");
-                let expected = self.frame(&chain);
+                let expected = chain.buffers.and_then(|buffers| self.rig.model.gather(buffers));
                 assert_eq!(frame_of(&burst.burst, i), expected, "chain {i} at {at:?}");
                 match expected {
                     Ok((header, frame)) => sent.frames.push([header, frame].concat()),
@@ -416,24 +394,7 @@ impl Packed {
         Ok(sent)
     }
 
-    /// What breaks the ring in the next burst.
-    fn first_fault(&self, most: u64) -> Option<RingFault> {
-        let mut at = self.next;
-        for _ in 0..BURST_MAX {
-            match self.first(at) {
-                Err(fault) => return Some(fault),
-                Ok(None) => return None,
-                Ok(Some(_)) => match self.chain(at, false, most, &mut Vec::new()) {
-                    Err(fault) => return Some(fault),
-                    Ok(chain) => at = at.after(chain.slots, self.size()),
-                },
-            }
-        }
-        None
-    }
-
-    /// As [`Rig::receive`].
-    pub fn receive(
+    fn receive(
         &mut self,
         ring: &mut RxRing,
         burst: &Burst<'_>,

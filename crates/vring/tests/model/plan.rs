@@ -7,9 +7,9 @@ use vring::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, HEADER_LEN, featur
 use crate::model::{Model, noise, regions};
 
 /// Rings before, indirect tables, then buffers.
-const TABLES: usize = 0x8000;
-const BUFFERS: usize = 0x1_8000;
-const IMAGE: usize = 0x8_0000;
+pub const TABLES: usize = 0x8000;
+pub const BUFFERS: usize = 0x1_8000;
+pub const IMAGE: usize = 0x8_0000;
 
 /// One chain.
 #[derive(Clone, Debug)]
@@ -162,7 +162,7 @@ impl Writer {
         {
             return false;
         }
-        let mut descriptors = self.buffers(model, plan, writable);
+        let mut descriptors = buffers(model, &mut self.buffer, plan, writable);
         let mut table = descriptors.split_off(direct);
         if in_table != 0 {
             let addr = model.guest_addr(self.table);
@@ -178,27 +178,6 @@ impl Writer {
         model.offer(self.avail, places[0]);
         self.avail = self.avail.wrapping_add(1);
         true
-    }
-
-    fn buffers(&mut self, model: &Model, plan: &ChainPlan, writable: bool) -> Vec<Descriptor> {
-        let flags = if writable { DESC_WRITE } else { 0 };
-        let mut descriptors = Vec::new();
-        for &len in &plan.lens {
-            // A buffer does not lie across a hole, or it would not be well-formed.
-            let mut at = self.buffer;
-            for edge in model.regions.windows(2) {
-                let hole = edge[0].guest + edge[0].len as u64 != edge[1].guest;
-                if hole && at < edge[1].offset && at + len as usize > edge[1].offset {
-                    at = edge[1].offset;
-                }
-            }
-            let room = IMAGE.saturating_sub(at);
-            let len = len.min(u32::try_from(room).unwrap());
-            at = at.min(IMAGE - 1);
-            descriptors.push(Descriptor { addr: model.guest_addr(at), len, flags, next: 0 });
-            self.buffer = (at + len as usize).max(self.buffer);
-        }
-        descriptors
     }
 
     /// Writes descriptors into places of the table at `at`, each referring to the next.
@@ -225,22 +204,13 @@ impl Writer {
             Mutation::Descriptor { slot, field, value } if !self.slots.is_empty() => {
                 let at = self.slots[slot % self.slots.len()];
                 let mut d = model.descriptor(at);
-                let bytes = value.to_le_bytes();
-                let low = u16::from_le_bytes([bytes[0], bytes[1]]);
-                match field {
-                    0 => d.addr = value,
-                    1 => d.len = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
-                    2 => d.flags = low,
-                    3 => d.flags ^= 1 << (low % 3),
-                    _ => d.next = low,
-                }
+                set_field(&mut d, field, value, &[1, 2, 4]);
                 model.put_descriptor(at, d);
             }
             Mutation::Edge { slot, region, by } if !self.slots.is_empty() => {
                 let at = self.slots[slot % self.slots.len()];
-                let region = model.regions[region % model.regions.len()];
                 let mut d = model.descriptor(at);
-                d.addr = (region.guest + region.len as u64 - u64::from(d.len)).wrapping_add_signed(by);
+                d.addr = near_the_edge(model, region, d.len, by);
                 model.put_descriptor(at, d);
             }
             Mutation::Table { slot, by } if !self.slots.is_empty() => {
@@ -264,6 +234,46 @@ impl Writer {
             }
         }
     }
+}
+
+/// Buffers of a chain, one behind the other from `next` on, which moves on.
+pub fn buffers(model: &Model, next: &mut usize, plan: &ChainPlan, writable: bool) -> Vec<Descriptor> {
+    let flags = if writable { DESC_WRITE } else { 0 };
+    let mut descriptors = Vec::new();
+    for &len in &plan.lens {
+        // A buffer does not lie across a hole, or it would not be well-formed.
+        let mut at = *next;
+        for edge in model.regions.windows(2) {
+            let hole = edge[0].guest + edge[0].len as u64 != edge[1].guest;
+            if hole && at < edge[1].offset && at + len as usize > edge[1].offset {
+                at = edge[1].offset;
+            }
+        }
+        let len = len.min(u32::try_from(IMAGE.saturating_sub(at)).unwrap());
+        at = at.min(IMAGE - 1);
+        descriptors.push(Descriptor { addr: model.guest_addr(at), len, flags, next: 0 });
+        *next = (at + len as usize).max(*next);
+    }
+    descriptors
+}
+
+/// Another value in a descriptor; field 3 is one of the flags that are named.
+pub fn set_field(d: &mut Descriptor, field: u8, value: u64, flags: &[u16]) {
+    let bytes = value.to_le_bytes();
+    let low = u16::from_le_bytes([bytes[0], bytes[1]]);
+    match field {
+        0 => d.addr = value,
+        1 => d.len = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
+        2 => d.flags = low,
+        3 => d.flags ^= flags[usize::from(low) % flags.len()],
+        _ => d.next = low,
+    }
+}
+
+/// Where a buffer of `len` begins that ends so far behind the end of a region, or before.
+pub fn near_the_edge(model: &Model, region: usize, len: u32, by: i64) -> u64 {
+    let region = model.regions[region % model.regions.len()];
+    (region.guest + region.len as u64 - u64::from(len)).wrapping_add_signed(by)
 }
 
 /// A burst of frames of all lengths, header in front.
