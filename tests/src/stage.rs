@@ -54,6 +54,17 @@ impl Stage {
         Self::with_port(PortPlan { mtu: MTU, ..PortPlan::new("hostile", NETWORK) })
     }
 
+    /// All of it: `total` frames of 60 bytes from one guest to the other, who checks each.
+    pub fn short_frames(from: PeerConfig, to: PeerConfig, total: u64) -> Result<()> {
+        let plan = PortPlan { mtu: MTU, ..PortPlan::new("hostile", NETWORK) };
+        let mut stage = Self::with(plan, PeerConfig { rx_len: 256, ..to })?;
+        let mut peer = stage.peer(PeerConfig { tx_len: 128, rx_len: 128, ..from })?;
+        stage.stream(&mut peer, total, |_| 60)?;
+        drop(peer);
+        stage.settle()?;
+        stage.finish()
+    }
+
     /// The same with a special port for the hostile guest.
     pub fn with_port(plan: PortPlan<'_>) -> Result<Self> {
         Self::with(plan, PeerConfig { ring_size: 256, features: MERGEABLE, ..PeerConfig::default() })

@@ -2,11 +2,9 @@
 //! and counted; a ring that makes no sense as a whole is stopped; set up again, it carries frames.
 #![allow(clippy::unwrap_used)]
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-
 use anyhow::{Context, Result, ensure};
 use dataplane::DropReason::{self, GuestDescriptorInvalid, GuestUnmappedAddress, LinkLocal};
+use e2e::flipper::Flipper;
 use e2e::hand::{
     BUFFERS, DESC_AVAIL, DESC_USED, Hand, HandConfig, MEMORY, WRAP, after, available, chained, readable,
 };
@@ -15,7 +13,7 @@ use e2e::oracle::split_mix;
 use e2e::peer::{MERGEABLE, MODERN, PeerConfig, Shape};
 use e2e::stage::{HOSTILE, MTU, NEIGHBOUR, NETWORK, Stage, frame, plain};
 use vhost_user::RingPlace;
-use vring::driver::{DriverMemory, GUEST_BASE};
+use vring::driver::GUEST_BASE;
 use vring::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, features};
 
 const RING: u16 = 64;
@@ -312,38 +310,6 @@ fn k06_base_outside_of_the_ring_is_refused_at_the_start() -> Result<()> {
     stage.end(hand)
 }
 
-/// A thread that changes the guest's memory until it is dropped.
-struct Flipper {
-    stop: Arc<AtomicBool>,
-    flips: Arc<AtomicU64>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-impl Flipper {
-    fn start(hand: &Hand, flip: impl Fn(&DriverMemory, u64) + Send + 'static) -> Self {
-        let (stop, flips) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let (memory, stopped, count) = (hand.memory().clone(), stop.clone(), flips.clone());
-        let thread = std::thread::spawn(move || {
-            let mut state = 30;
-            while !stopped.load(Ordering::Relaxed) {
-                (0..100).for_each(|_| flip(&memory, split_mix(&mut state)));
-                count.fetch_add(100, Ordering::Relaxed);
-            }
-        });
-        Self { stop, flips, thread: Some(thread) }
-    }
-}
-
-impl Drop for Flipper {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            // It only writes to memory.
-            let _ = thread.join();
-        }
-    }
-}
-
 /// A stage whose hostile guest, of which a second thread writes to memory, kicks until that has done enough. A ring that
 /// stopped is set up again; at the end the port's counters add up, and a lawful guest has its place. Returns how often it
 /// stopped.
@@ -355,7 +321,7 @@ fn race(prepare: impl Fn(&mut Hand), flip: impl Fn(&mut Hand) -> Flipper) -> Res
     prepare(&mut hand);
     let flipper = flip(&mut hand);
     let (flips, mut stops) = (count(3_000_000, 100_000_000), 0);
-    while flipper.flips.load(Ordering::Relaxed) < flips {
+    while flipper.flips() < flips {
         hand.tx().kick();
         if hand.tx().bells.err.read().is_ok() {
             stops += 1;
@@ -513,21 +479,13 @@ fn one_ring_is_reset_and_resized_while_the_others_run() -> Result<()> {
 
 /// Moves `total` frames of 60 bytes through one TX ring of `size`, to a neighbour that checks each.
 fn stream(total: u64, size: u16, features: u64, shape: Shape) -> Result<()> {
-    let plan = PortPlan { mtu: MTU, ..PortPlan::new("hostile", NETWORK) };
-    let neighbour = PeerConfig {
+    let from = PeerConfig { ring_size: size, features, shape, ..PeerConfig::default() };
+    let to = PeerConfig {
         ring_size: 333,
         features: MERGEABLE | 1 << features::RING_PACKED,
-        rx_len: 256,
         ..PeerConfig::default()
     };
-    let mut stage = Stage::with(plan, neighbour)?;
-    let config =
-        PeerConfig { ring_size: size, features, tx_len: 128, rx_len: 128, shape, ..PeerConfig::default() };
-    let mut peer = stage.peer(config)?;
-    stage.stream(&mut peer, total, |_| 60)?;
-    drop(peer);
-    stage.settle()?;
-    stage.finish()
+    Stage::short_frames(from, to, total)
 }
 
 /// R37, and sizes that are no powers of two.

@@ -3,17 +3,13 @@
 //! Whatever comes of it is lawful as long as only this port sees it: frames of it delivered, given up, its ring stopped.
 #![allow(clippy::unwrap_used)]
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
-
 use anyhow::{Context, Result, ensure};
+use e2e::flipper::Flipper;
 use e2e::hand::{BUFFERS, Hand, HandConfig, chained, descriptor_bytes, readable};
 use e2e::inproc::{Ledger, PortPlan, count, until};
-use e2e::oracle::split_mix;
 use e2e::peer::{MERGEABLE, MODERN, PeerConfig};
 use e2e::stage::{HOSTILE, MTU, NEIGHBOUR, NETWORK, Stage, frame, plain};
-use vring::driver::{DriverMemory, GUEST_BASE};
+use vring::driver::GUEST_BASE;
 use vring::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, features};
 use wire::craft::{Craft, Tcp, leave_checksum, leave_segments};
 use wire::{Mac, VnetHeader};
@@ -22,44 +18,6 @@ use wire::{Mac, VnetHeader};
 const RING: u16 = 64;
 /// Where an indirect table lies.
 const TABLE: usize = BUFFERS + 0x10_0000;
-
-/// A thread that changes the guest's memory until it is dropped.
-struct Flipper {
-    stop: Arc<AtomicBool>,
-    flips: Arc<AtomicU64>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Flipper {
-    fn start(hand: &Hand, flip: impl Fn(&DriverMemory, u64) + Send + 'static) -> Self {
-        let (stop, flips) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let (memory, stopped, count) = (hand.memory().clone(), stop.clone(), flips.clone());
-        let thread = std::thread::spawn(move || {
-            let mut state = 30;
-            while !stopped.load(Ordering::Relaxed) {
-                for _ in 0..100 {
-                    flip(&memory, split_mix(&mut state));
-                }
-                count.fetch_add(100, Ordering::Relaxed);
-            }
-        });
-        Self { stop, flips, thread: Some(thread) }
-    }
-
-    fn flips(&self) -> u64 {
-        self.flips.load(Ordering::Relaxed)
-    }
-}
-
-impl Drop for Flipper {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            // It only writes to memory.
-            let _ = thread.join();
-        }
-    }
-}
 
 /// Offers `head` again and again until enough was flipped under it. A ring that stopped is set up again. Returns how
 /// often that was.

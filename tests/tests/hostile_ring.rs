@@ -6,10 +6,10 @@ use anyhow::{Context, Result, ensure};
 use dataplane::DropReason::{GuestDescriptorInvalid, LinkLocal};
 use dataplane::{EventKind, RingReport};
 use e2e::hand::{BUFFERS, Hand, HandConfig, readable};
-use e2e::inproc::{PortPlan, count, until};
+use e2e::inproc::{count, until};
 use e2e::oracle::split_mix;
 use e2e::peer::{MERGEABLE, MODERN, PeerConfig};
-use e2e::stage::{HOSTILE, MTU, NEIGHBOUR, NETWORK, Stage, frame, plain};
+use e2e::stage::{HOSTILE, NEIGHBOUR, Stage, frame, plain};
 use rustix::fs::MemfdFlags;
 use vhost_user::RingPlace;
 use vring::{DESC_NEXT, DESC_WRITE, Descriptor, RegionSpec, features};
@@ -68,15 +68,9 @@ fn r07_available_index_that_goes_back_stops_the_ring() -> Result<()> {
 
 /// Moves `total` frames of 60 bytes through one TX ring of `size`, to a neighbour that checks each.
 fn stream(total: u64, size: u16, features: u64) -> Result<()> {
-    let plan = PortPlan { mtu: MTU, ..PortPlan::new("hostile", NETWORK) };
-    let neighbour = PeerConfig { ring_size: 512, features: MERGEABLE, rx_len: 256, ..PeerConfig::default() };
-    let mut stage = Stage::with(plan, neighbour)?;
-    let config = PeerConfig { ring_size: size, features, tx_len: 128, rx_len: 128, ..PeerConfig::default() };
-    let mut peer = stage.peer(config)?;
-    stage.stream(&mut peer, total, |_| 60)?;
-    drop(peer);
-    stage.settle()?;
-    stage.finish()
+    let from = PeerConfig { ring_size: size, features, ..PeerConfig::default() };
+    let to = PeerConfig { ring_size: 512, features: MERGEABLE, ..PeerConfig::default() };
+    Stage::short_frames(from, to, total)
 }
 
 #[test]
