@@ -15,24 +15,15 @@ use vring::driver::{Area, DriverMemory, DriverRing, DriverRx, DriverTx};
 use vring::features::*;
 
 use crate::events::Events;
+use crate::guest::OFFLOADS;
 use crate::port::{Driven, FrontEnd, Port, PortLink, RingSlot, RingState};
 use crate::report::EventKind;
 use crate::worker::{Command, WorkerShared, key};
 
 /// Features that are acknowledged if offered.
-const WANTED: u64 = 1 << CSUM
-    | 1 << GUEST_CSUM
-    | 1 << GUEST_TSO4
-    | 1 << GUEST_TSO6
-    | 1 << GUEST_ECN
-    | 1 << HOST_TSO4
-    | 1 << HOST_TSO6
-    | 1 << HOST_ECN
+const WANTED: u64 = OFFLOADS
     | 1 << MRG_RXBUF
     | 1 << EVENT_IDX
-    | 1 << GUEST_USO4
-    | 1 << GUEST_USO6
-    | 1 << HOST_USO
     | 1 << PROTOCOL_FEATURES
     | 1 << VERSION_1
     | 1 << RING_PACKED

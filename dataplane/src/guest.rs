@@ -16,20 +16,26 @@ use crate::port::{Guest, Port, QUEUE_PAIRS_MAX, QueuePair, RingState};
 use crate::report::EventKind;
 use crate::worker::{Command, WorkerShared, key};
 
-/// Features that every vhost-user port offers. CTRL_VQ and what belongs to it is offered so that front ends may offer
-/// it; they keep the queue to themselves.
-///
-/// RING_RESET is not among them, though one ring can be stopped and set up again at any time: QEMU 7.2 lets the guest reset
-/// a ring and does not tell a vhost-user back end, which would go on in memory that the guest has given to others.
-const OFFERED: u64 = 1 << CSUM
+/// What may be left to the other side, both ways: all that a TAP can leave to its own.
+pub(crate) const OFFLOADS: u64 = 1 << CSUM
     | 1 << GUEST_CSUM
-    | 1 << MTU
     | 1 << GUEST_TSO4
     | 1 << GUEST_TSO6
     | 1 << GUEST_ECN
     | 1 << HOST_TSO4
     | 1 << HOST_TSO6
     | 1 << HOST_ECN
+    | 1 << GUEST_USO4
+    | 1 << GUEST_USO6
+    | 1 << HOST_USO;
+
+/// Features that every vhost-user port offers. CTRL_VQ and what belongs to it is offered so that front ends may offer
+/// it; they keep the queue to themselves.
+///
+/// RING_RESET is not among them, though one ring can be stopped and set up again at any time: QEMU 7.2 lets the guest reset
+/// a ring and does not tell a vhost-user back end, which would go on in memory that the guest has given to others.
+const OFFERED: u64 = OFFLOADS
+    | 1 << MTU
     | 1 << MRG_RXBUF
     | 1 << STATUS
     | 1 << CTRL_VQ
@@ -43,10 +49,7 @@ const OFFERED: u64 = 1 << CSUM
     | 1 << VERSION_1
     | 1 << RING_PACKED
     | 1 << IN_ORDER
-    | 1 << ORDER_PLATFORM
-    | 1 << GUEST_USO4
-    | 1 << GUEST_USO6
-    | 1 << HOST_USO;
+    | 1 << ORDER_PLATFORM;
 
 /// Protocol features, by bit (vhost-user specification, "Protocol features"): MQ, RARP, REPLY_ACK, NET_MTU, BACKEND_REQ,
 /// CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS.
