@@ -24,8 +24,9 @@ cargo build --release -p vhostd -p e2e --bins
 
 dir=$(mktemp -d /tmp/vhostd-demo.XXXXXX)
 trap 'rm -rf "$dir"' EXIT
-# In the background, because bash runs a trap only when no command in the foreground keeps it.
-TMPDIR=$dir "${CARGO_TARGET_DIR:-$root/target}/release/demo" &
+# In the background, because bash runs a trap only when no command in the foreground keeps it; and in a session of its own,
+# or the guests would be interrupted, too, and the demo wonder where they went.
+TMPDIR=$dir setsid "${CARGO_TARGET_DIR:-$root/target}/release/demo" &
 demo=$!
-trap 'kill "$demo" 2>/dev/null || true; wait "$demo" || true; exit 130' INT TERM HUP
+trap 'echo "demo: interrupted" >&2; kill "$demo" 2>/dev/null || true; wait "$demo" || true; exit 130' INT TERM HUP
 wait "$demo"

@@ -24,7 +24,7 @@ needs() {
     build) echo cc:gcc cc:libc6-dev ;;
     guest)
         echo qemu-system-x86_64:qemu-system-x86 busybox:busybox-static cpio:cpio xz:xz-utils depmod:kmod \
-            ip:iproute2 bridge:iproute2 dash:dash ethtool:ethtool iperf3:iperf3 flock:util-linux
+            ip:iproute2 dash:dash ethtool:ethtool iperf3:iperf3 flock:util-linux
         ;;
     dpdk) echo dpdk-testpmd:dpdk-dev ;;
     fuzz) echo c++:g++ ;;
