@@ -31,7 +31,7 @@ demo:
 
 # All targets in one build, so that the features of dependencies are the same for the daemon and for the tests.
 test:
-	tests/setup.sh build guest dpdk fuzz
+	tests/setup.sh build guest dpdk ovs fuzz
 	cargo build --workspace --bins --tests
 	cargo test --workspace
 	$(MODELS)
@@ -39,7 +39,7 @@ test:
 	tests/fuzz/run.sh 20
 
 soak:
-	tests/setup.sh build guest dpdk fuzz
+	tests/setup.sh build guest dpdk ovs fuzz
 	cargo build --release --workspace --bins --tests
 	VHOSTD_SOAK=1 cargo test --release -p e2e -p vhost-user
 	VHOSTD_SOAK=1 $(ASAN)

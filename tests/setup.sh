@@ -1,9 +1,10 @@
 #!/bin/bash
-# Gets a Debian 12 machine ready: setup.sh [build] [guest] [dpdk] [fuzz] [lint]
+# Gets a Debian 12 machine ready: setup.sh [build] [guest] [dpdk] [ovs] [fuzz] [lint]
 #
 #   build   a linker, and a look at the Rust tool chain, which is not ours to install
 #   guest   QEMU, and the test guest in target/guest (guest/build.sh)
 #   dpdk    dpdk-testpmd
+#   ovs     Open vSwitch, with DPDK and without; its services are not started
 #   fuzz    cargo-fuzz; a nightly tool chain is not ours to install
 #   lint    rustfmt and clippy are there
 #
@@ -27,9 +28,14 @@ needs() {
             ip:iproute2 dash:dash ethtool:ethtool iperf3:iperf3 flock:util-linux
         ;;
     dpdk) echo dpdk-testpmd:dpdk-dev ;;
+    ovs)
+        echo ovsdb-server:openvswitch-common ovs-vsctl:openvswitch-switch \
+            /usr/lib/openvswitch-switch/ovs-vswitchd:openvswitch-switch \
+            /usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk:openvswitch-switch-dpdk
+        ;;
     fuzz) echo c++:g++ ;;
     lint) ;;
-    *) fail "unknown part: $1 (parts: build guest dpdk fuzz lint)" ;;
+    *) fail "unknown part: $1 (parts: build guest dpdk ovs fuzz lint)" ;;
     esac
 }
 
@@ -46,8 +52,20 @@ install_packages() {
     command -v apt-get >/dev/null || fail "missing, and there is no apt-get to install them: ${packages[*]}"
     echo "installing ${packages[*]}" >&2
     apt-get update -q >/dev/null
-    apt-get install -y -q --no-install-recommends "${packages[@]}" >/dev/null
+    without_services apt-get install -y -q --no-install-recommends "${packages[@]}" >/dev/null
 }
+
+# Runs a command during which packages start no service of theirs: tests start what they need for themselves, and the
+# machine is somebody's. Debian asks this program before it starts one (101 is "no"); one that is there decides itself.
+without_services() (
+    policy=/usr/sbin/policy-rc.d
+    if [ ! -e $policy ]; then
+        trap 'rm -f $policy' EXIT
+        printf '#!/bin/sh\nexit 101\n' >$policy
+        chmod +x $policy
+    fi
+    "$@"
+)
 
 check_rust() {
     local wanted found
@@ -72,7 +90,7 @@ check_fuzz() {
     cargo fuzz --version >/dev/null 2>&1 || cargo install --quiet --locked cargo-fuzz
 }
 
-[ $# -gt 0 ] || set -- build guest dpdk fuzz lint
+[ $# -gt 0 ] || set -- build guest dpdk ovs fuzz lint
 needs=()
 for part; do
     words=$(needs "$part")

@@ -1,10 +1,12 @@
 //! The daemon as people run it: `vhostd serve` in a network namespace that plays the host, and its command line.
 
 use std::env;
+use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -19,22 +21,29 @@ use crate::process::Process;
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Silence after which an answer of the API is taken to be over.
 const HTTP_PAUSE: Duration = Duration::from_secs(2);
+/// The daemon's configuration in its directory.
+const CONFIGURATION: &str = "vhostd.toml";
 
 /// A running daemon with a state directory, an API socket and a host of its own. Dropping it kills it.
 #[derive(Debug)]
 pub struct Daemon {
     process: Process,
     vhostd: PathBuf,
-    host: Netns,
-    /// Holds the state, the API's socket, and the sockets of plugs.
+    host: Arc<Netns>,
+    /// Holds the configuration, the state, the API's socket, and the sockets of plugs.
     dir: TempDir,
 }
 
 impl Daemon {
-    /// Starts it and waits until it answers.
+    /// Starts it on a host of its own and waits until it answers.
     pub fn start() -> Result<Self> {
-        let host = Netns::new()?;
+        Self::start_on(Arc::new(Netns::new()?), "")
+    }
+
+    /// Starts it on a host with a configuration (TOML) and waits until it answers.
+    pub fn start_on(host: Arc<Netns>, configuration: &str) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("vhostd").tempdir()?;
+        fs::write(dir.path().join(CONFIGURATION), configuration)?;
         let vhostd = vhostd_path()?;
         let process = serve(&vhostd, &host, dir.path())?;
         let mut daemon = Self { process, vhostd, host, dir };
@@ -161,7 +170,12 @@ pub fn vhostd_path() -> Result<PathBuf> {
 
 fn serve(vhostd: &Path, host: &Netns, dir: &Path) -> Result<Process> {
     let mut command = command(vhostd, host, dir);
-    command.arg("serve").arg("--state-dir").arg(dir.join("state"));
+    command
+        .arg("serve")
+        .arg("--config")
+        .arg(dir.join(CONFIGURATION))
+        .arg("--state-dir")
+        .arg(dir.join("state"));
     Process::spawn("vhostd", &command)
 }
 

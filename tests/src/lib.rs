@@ -12,6 +12,7 @@ pub mod hand;
 pub mod inproc;
 pub mod netns;
 pub mod oracle;
+pub mod ovs;
 pub mod peer;
 pub mod process;
 pub mod qemu;
