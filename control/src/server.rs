@@ -9,16 +9,19 @@ mod publish;
 
 use std::collections::HashMap;
 use std::convert::Infallible;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener as StdListener;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::Router;
+use axum::response::IntoResponse;
 use hyper::body::Incoming;
 use hyper::service::{Service, service_fn};
 use hyper::{Request, server::conn::http1};
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::io::AsyncReadExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
@@ -103,14 +106,20 @@ fn admit(door: &Arc<Door>, stream: UnixStream, router: &Router) {
 
 async fn converse(stream: UnixStream, caller: Caller, router: Router) {
     let deadlines = Arc::new(Deadlines::default());
+    let Ok(line) = stream.as_fd().try_clone_to_owned() else { return };
     let io = TokioIo::new(Patient::new(stream, deadlines.clone()));
     let inner = TowerToHyperService::new(router);
     let service = service_fn(move |mut request: Request<Incoming>| {
         deadlines.answering();
         request.extensions_mut().insert(caller);
-        let (answer, deadlines) = (inner.call(request), deadlines.clone());
+        // Who hung up before we got to read the request takes it for failed, and may have asked for the opposite since.
+        let answer = (!hung_up(&line)).then(|| inner.call(request));
+        let deadlines = deadlines.clone();
         async move {
-            let answer = answer.await;
+            let answer = match answer {
+                Some(answer) => answer.await,
+                None => Ok(Problem::new(Kind::Unavailable, "the caller has hung up").into_response()),
+            };
             deadlines.answered();
             answer as Result<_, Infallible>
         }
@@ -123,6 +132,13 @@ async fn converse(stream: UnixStream, caller: Caller, router: Router) {
     if let Err(error) = connection.await {
         tracing::debug!(uid = caller.uid, pid = caller.pid, "API connection ended: {error}");
     }
+}
+
+/// Whether the other end of a connection is closed.
+fn hung_up(line: &OwnedFd) -> bool {
+    // POLLHUP is told without being asked for (poll(2)).
+    let mut line = [PollFd::new(line, PollFlags::empty())];
+    poll(&mut line, Some(&Timespec::default())).is_ok_and(|ready| ready == 1)
 }
 
 /// Reads what the caller begins to say, since one that cannot say it does not listen either, and answers.
@@ -185,6 +201,10 @@ impl Drop for Place {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+    use std::net::Shutdown;
+    use std::os::unix::net::UnixStream as StdStream;
+
     use super::*;
 
     fn door(uids: Vec<u32>) -> Arc<Door> {
@@ -212,6 +232,18 @@ mod tests {
         assert_eq!(door.enter(0).err().unwrap().kind, Kind::Unavailable);
         drop(places);
         assert!(door.inside.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_closed_line_is_known_with_bytes_still_in_it() {
+        let (mut near, far) = StdStream::pair().unwrap();
+        near.write_all(b"POST /").unwrap();
+        let line = far.as_fd().try_clone_to_owned().unwrap();
+        assert!(!hung_up(&line));
+        near.shutdown(Shutdown::Write).unwrap();
+        assert!(!hung_up(&line));
+        drop(near);
+        assert!(hung_up(&line));
     }
 
     #[test]
