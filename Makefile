@@ -31,9 +31,10 @@ demo:
 
 # All targets in one build, so that the features of dependencies are the same for the daemon and for the tests.
 test:
-	tests/setup.sh build guest dpdk ovs fuzz
+	tests/setup.sh build guest dpdk ovs fuzz python
 	cargo build --workspace --bins --tests
 	cargo test --workspace
+	integrations/os-vif/check.sh debian
 	$(MODELS)
 	$(INSTRUCTIONS)
 	tests/fuzz/run.sh 20

@@ -1,11 +1,13 @@
 #!/bin/bash
-# Gets a Debian 12 machine ready: setup.sh [build] [guest] [dpdk] [ovs] [fuzz] [lint]
+# Gets a Debian 12 machine ready: setup.sh [build] [guest] [dpdk] [ovs] [fuzz] [python] [nova] [lint]
 #
 #   build   a linker, and a look at the Rust tool chain, which is not ours to install
 #   guest   QEMU, and the test guest in target/guest (guest/build.sh)
 #   dpdk    dpdk-testpmd
 #   ovs     Open vSwitch, with DPDK and without; its services are not started
 #   fuzz    cargo-fuzz; a nightly tool chain is not ours to install
+#   python  os-vif, and what builds a Python package
+#   nova    virtual environments
 #   lint    rustfmt and clippy are there
 #
 # Without arguments: all of them. What is there is not touched; when all is there this takes no time and needs no root.
@@ -19,7 +21,7 @@ fail() {
     exit 1
 }
 
-# What has to be there, as COMMAND:PACKAGE.
+# What has to be there, as COMMAND:PACKAGE or PATH:PACKAGE.
 needs() {
     case $1 in
     build) echo cc:gcc cc:libc6-dev ;;
@@ -34,15 +36,20 @@ needs() {
             /usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk:openvswitch-switch-dpdk
         ;;
     fuzz) echo c++:g++ ;;
+    python)
+        local modules=/usr/lib/python3/dist-packages
+        echo $modules/os_vif:python3-os-vif $modules/setuptools:python3-setuptools $modules/wheel:python3-wheel ip:iproute2
+        ;;
+    nova) echo /usr/lib/python3.11/ensurepip:python3-venv ;;
     lint) ;;
-    *) fail "unknown part: $1 (parts: build guest dpdk ovs fuzz lint)" ;;
+    *) fail "unknown part: $1 (parts: build guest dpdk ovs fuzz python nova lint)" ;;
     esac
 }
 
 install_packages() {
     local need packages=()
     for need; do
-        command -v "${need%%:*}" >/dev/null || packages+=("${need##*:}")
+        command -v "${need%%:*}" >/dev/null || [[ $need == /* && -d ${need%%:*} ]] || packages+=("${need##*:}")
     done
     [ ${#packages[@]} -gt 0 ] || return 0
     if [ "$(id -u)" != 0 ]; then
@@ -90,7 +97,7 @@ check_fuzz() {
     cargo fuzz --version >/dev/null 2>&1 || cargo install --quiet --locked cargo-fuzz
 }
 
-[ $# -gt 0 ] || set -- build guest dpdk ovs fuzz lint
+[ $# -gt 0 ] || set -- build guest dpdk ovs fuzz python nova lint
 needs=()
 for part; do
     words=$(needs "$part")

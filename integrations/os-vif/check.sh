@@ -1,0 +1,38 @@
+#!/bin/bash
+# The package's tests: check.sh debian|newest|VERSION [ARGUMENT OF UNITTEST...]
+#
+#   debian            as built with Debian's setuptools, with Debian's os-vif (tests/setup.sh python)
+#   newest, VERSION   as pip installs it, in a virtual environment in target/os-vif, with that os-vif of PyPI
+#
+# They run against the daemon that cargo built, target/debug/vhostd, or $VHOSTD.
+set -euo pipefail
+
+here=$(dirname "$(realpath "$0")")
+root=$(realpath "$here/../..")
+export VHOSTD=${VHOSTD:-${CARGO_TARGET_DIR:-$root/target}/debug/vhostd}
+os_vif=${1:?debian, newest or a version of os-vif}
+work=$root/target/os-vif/$os_vif
+shift
+
+# Building writes beside the sources.
+rm -rf "$work"/{source,site,*.whl}
+mkdir -p "$work"
+cp -rL "$here" "$work/source"
+
+case $os_vif in
+debian)
+    python=/usr/bin/python3
+    (cd "$work/source" && "$python" -c 'from setuptools import build_meta; build_meta.build_wheel("..")') \
+        >"$work/build.log" 2>&1 || { cat "$work/build.log" >&2; exit 1; }
+    "$python" -m zipfile -e "$work"/*.whl "$work/site"
+    export PYTHONPATH=$work/site
+    ;;
+*)
+    python=$work/bin/python
+    [ -x "$python" ] || /usr/bin/python3 -m venv "$work"
+    [ "$os_vif" = newest ] && wanted=os-vif || wanted=os-vif==$os_vif
+    "$python" -m pip install -q --upgrade "$wanted" oslotest testtools "$work/source"
+    ;;
+esac
+cd "$here/tests"
+PYTHONDONTWRITEBYTECODE=1 exec "$python" -m unittest discover "$@"

@@ -1,0 +1,166 @@
+"""What the tests stand on: a real daemon on a host of its own, and VIFs for it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import traceback
+import unittest
+import uuid
+from pathlib import Path
+from typing import Any, Callable
+
+import os_vif
+from os_vif import objects
+from oslo_config import cfg
+
+VHOSTD = os.environ.get("VHOSTD", str(Path(__file__).parents[3] / "target/debug/vhostd"))
+
+#: The daemon's host: a network namespace, /sys that shows its links, and an empty /run, where no Open vSwitch is.
+HOST = "mount -t sysfs sysfs /sys && mount -t tmpfs tmpfs /run && ip link set lo up && exec \"$@\""
+
+logging.getLogger("os_vif").addHandler(logging.NullHandler())
+logging.getLogger("os_vif").propagate = False
+os_vif.initialize()
+
+
+class Daemon:
+    """``vhostd serve`` in a namespace of its own. Dies with the test."""
+
+    def __init__(self, config: str = "") -> None:
+        self._dir = tempfile.TemporaryDirectory(prefix="vhostd")
+        self.dir = Path(self._dir.name)
+        # Who may reach the API is said by the socket's mode.
+        self.dir.chmod(0o755)
+        self.api = str(self.dir / "api.sock")
+        self.config = self.dir / "vhostd.toml"
+        self.config.write_text(config)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        unshare = ["unshare", "--net", "--mount"] + ([] if os.geteuid() == 0 else ["--user", "--map-root-user"])
+        serve = [VHOSTD, "--api", self.api, "serve", "--config", str(self.config), "--state-dir", str(self.dir / "state")]
+        tied = ["setpriv", "--pdeathsig", "KILL", "--"]
+        with open(self.dir / "log", "ab") as log:
+            self.process = subprocess.Popen([*tied, *unshare, "sh", "-c", HOST, "sh", *serve], stdout=log, stderr=log)
+        wait_for("vhostd to answer", lambda: self.vhostd("ls", check=False).returncode == 0)
+
+    def kill(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def close(self) -> None:
+        self.kill()
+        self._dir.cleanup()
+
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        wait_for("vhostd to stop", lambda: all("\nState:\tT" in (task / "status").read_text() for task in tasks.iterdir()))
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def socket(self, name: str) -> str:
+        """A path for a VIF's socket."""
+        return str(self.dir / name)
+
+    def vhostd(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        command = [VHOSTD, "--api", self.api, "-o", "json", *arguments]
+        return subprocess.run(command, check=check, capture_output=True, text=True)
+
+    def plugs(self) -> dict[str, Any]:
+        """All plugs by id."""
+        return {plug["id"]: plug for plug in json.loads(self.vhostd("ls").stdout)}
+
+    def links(self) -> set[str]:
+        """Names of the host's links."""
+        enter = ["nsenter", "--target", str(self.process.pid), "--net"]
+        enter += [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
+        shown = subprocess.run([*enter, "ip", "-json", "link"], check=True, capture_output=True, text=True)
+        return {link["ifname"] for link in json.loads(shown.stdout)}
+
+    def post(self, path: str, body: Any) -> tuple[int, Any]:
+        """The API without the plugin: status and answer."""
+        connection = http.client.HTTPConnection("vhostd", timeout=30)
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.connect(self.api)
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        with connection.getresponse() as response:
+            answer = response.status, json.loads(response.read())
+        connection.close()
+        return answer
+
+
+class DaemonCase(unittest.TestCase):
+    """Tests against one daemon, which each leaves without a plug."""
+
+    CONFIG = ""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.daemon = Daemon(cls.CONFIG)
+        cls.addClassCleanup(cls.daemon.close)
+        cls.links = cls.daemon.links()
+
+    def setUp(self) -> None:
+        self.configure(api_socket=self.daemon.api)
+
+    def tearDown(self) -> None:
+        self.assertEqual(self.daemon.plugs(), {})
+        self.assertEqual(self.daemon.links(), self.links)
+
+    def configure(self, **options: Any) -> None:
+        for group in ("os_vif_vhostuser", "os_vif_vhostuser_fp"):
+            for name, value in options.items():
+                cfg.CONF.set_override(name, value, group=group)
+                self.addCleanup(cfg.CONF.clear_override, name, group=group)
+
+    def vif(self, **fields: Any) -> objects.vif.VIFVHostUser:
+        """A VIF whose socket the daemon makes; ``fields`` take precedence."""
+        name = str(uuid.uuid4())
+        given = {"id": name, "plugin": "vhostuser", "mode": "client", "path": self.daemon.socket(name)} | fields
+        return objects.vif.VIFVHostUser(**given)
+
+
+def instance() -> objects.instance_info.InstanceInfo:
+    return objects.instance_info.InstanceInfo(
+        uuid="d7a730ca-3c28-49c3-8f26-4662b909fe8a", name="demo", project_id="b63b4a5fcf164d0fb53e7f3b04a4f4d5"
+    )
+
+
+def as_nobody(act: Callable[[], None]) -> None:
+    """Does it in a process of a user without rights, who may not be able to read a module that is not loaded yet."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setgroups([])
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            act()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 0, f"the process of nobody ended with {status}"
+
+
+def wait_for(what: str, condition: Callable[[], bool], timeout: float = 30) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"waited {timeout} s in vain for {what}")
+        time.sleep(0.01)

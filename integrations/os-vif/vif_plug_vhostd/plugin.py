@@ -1,0 +1,92 @@
+"""What os-vif loads: the plugins ``vhostuser`` and ``vhostuser_fp``, which differ in name only.
+
+``vhostuser_fp`` is the name that nova gives to vhost-user ports whose host side is a TAP, in a Linux bridge or in Open
+vSwitch; ``vhostuser`` is for whoever makes VIF objects without nova. Options are in ``[os_vif_<name>]``. They are
+read at each plug and nothing is connected before, so loading always succeeds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from os_vif import exception, objects, plugin
+from oslo_config import cfg
+
+from vif_plug_vhostd.client import ApiError, Client
+
+#: Port profiles that a VIFVHostUser may have, with the versions understood. One without a profile is served as well.
+PROFILES = {
+    "VIFPortProfileBase": ("1.0", "1.1"),
+    "VIFPortProfileFPTap": ("1.0", "1.1"),
+    "VIFPortProfileFPBridge": ("1.0", "1.1"),
+}
+
+
+class VhostUserPlugin(plugin.PluginBase):
+    """Hands VIFs to vhostd."""
+
+    NAME = "vhostuser"
+
+    CONFIG_OPTS = [
+        cfg.StrOpt(
+            "api_socket",
+            default="/run/vhostd/api.sock",
+            help="Path of the socket of vhostd's API. The user who plugs must be able to open it: [api] group and mode "
+            "in vhostd's configuration.",
+        ),
+        cfg.FloatOpt(
+            "timeout",
+            default=30,
+            min=1,
+            max=600,
+            help="Seconds after which a plug or unplug without an answer has failed. If vhostd is not there, that is "
+            "said after three seconds.",
+        ),
+        cfg.StrOpt(
+            "wait",
+            default="attached",
+            choices=[
+                ("attached", "the host's side is there, and vhostd listens on the VIF's socket or calls it for ever"),
+                ("linked", "the guest's driver has set up the device as well"),
+                ("forwarding", "frames flow"),
+            ],
+            help="What must be true before a plug has succeeded. nova plugs before it starts the guest, so that it can "
+            "wait for the first only.",
+        ),
+    ]
+
+    def describe(self) -> objects.host_info.HostPluginInfo:
+        profiles = [
+            objects.host_info.HostPortProfileInfo(profile_object_name=name, min_version=first, max_version=last)
+            for name, (first, last) in PROFILES.items()
+        ]
+        vhost_user = objects.host_info.HostVIFInfo(
+            vif_object_name="VIFVHostUser", min_version="1.0", max_version="1.1", supported_port_profiles=profiles
+        )
+        return objects.host_info.HostPluginInfo(plugin_name=self.NAME, vif_info=[vhost_user])
+
+    def plug(self, vif: objects.vif.VIFBase, instance_info: objects.instance_info.InstanceInfo) -> None:
+        # The daemon gives up first, so that it can say what was missing.
+        patience = max(self.config.timeout - 1, self.config.timeout / 2)
+        query = {"wait": self.config.wait, "timeout": f"{patience * 1000:.0f}ms"}
+        try:
+            self._post("/v1/os-vif/plug", query, vif, instance_info)
+        except ApiError as error:
+            raise exception.PlugException(str(error), problem=error.problem) from error
+
+    def unplug(self, vif: objects.vif.VIFBase, instance_info: objects.instance_info.InstanceInfo) -> None:
+        try:
+            self._post("/v1/os-vif/unplug", {}, vif, instance_info)
+        except ApiError as error:
+            raise exception.UnplugException(str(error), problem=error.problem) from error
+
+    def _post(self, resource: str, query: dict[str, str], *both: Any) -> None:
+        vif, instance_info = (object.obj_to_primitive() for object in both)
+        client = Client(self.config.api_socket, self.config.timeout)
+        client.post(resource, query, {"vif": vif, "instance_info": instance_info})
+
+
+class VhostUserFpPlugin(VhostUserPlugin):
+    """The same, under the name that nova uses."""
+
+    NAME = "vhostuser_fp"
