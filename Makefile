@@ -2,12 +2,13 @@
 #
 #   demo    two QEMU guests and the host on one network, ten minutes from a fresh clone
 #   test    all tests, and instructions of a burst against stored values
+#   nova    the os-vif plugin with PyPI's newest os-vif, with 4.3.1, and with nova: two guests as nova starts them
 #   soak    the tests from outside with the full counts where `test` runs a part of them, those of changing and vanishing
 #           memory under AddressSanitizer, Miri, half an hour a fuzz target
 #   bench   criterion benches, start-up and memory, then the same traffic through vhostd and its peers, and latencies
 #   lint    format, clippy and docs, warnings are errors
 #
-# test and lint build the dev profile, demo, soak and bench the release profile, each once.
+# test, nova and lint build the dev profile, demo, soak and bench the release profile, each once.
 
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 
@@ -24,7 +25,7 @@ MIRI = CARGO_TARGET_DIR=$(CARGO_TARGET_DIR)/miri cargo +nightly miri test -p vri
 INSTRUCTIONS = { command -v valgrind || { apt-get update -q && apt-get install -y -q --no-install-recommends valgrind; }; } >/dev/null \
 	&& cargo run -q --release -p benches --bin instructions
 
-.PHONY: demo test soak bench lint
+.PHONY: demo test nova soak bench lint
 
 demo:
 	tests/demo.sh
@@ -38,6 +39,13 @@ test:
 	$(MODELS)
 	$(INSTRUCTIONS)
 	tests/fuzz/run.sh 20
+
+nova:
+	tests/setup.sh build guest python nova
+	cargo build --workspace --bins
+	integrations/os-vif/check.sh newest
+	integrations/os-vif/check.sh 4.3.1
+	integrations/os-vif/check.sh nova
 
 soak:
 	tests/setup.sh build guest dpdk ovs fuzz

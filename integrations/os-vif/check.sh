@@ -1,8 +1,9 @@
 #!/bin/bash
-# The package's tests: check.sh debian|newest|VERSION [ARGUMENT OF UNITTEST...]
+# The package's tests: check.sh debian|newest|VERSION|nova [ARGUMENT OF UNITTEST...]
 #
 #   debian            as built with Debian's setuptools, with Debian's os-vif (tests/setup.sh python)
 #   newest, VERSION   as pip installs it, in a virtual environment in target/os-vif, with that os-vif of PyPI
+#   nova              the same with PyPI's newest nova, and two guests that nova plugs and describes (setup.sh guest)
 #
 # They run against the daemon that cargo built, target/debug/vhostd, or $VHOSTD.
 set -euo pipefail
@@ -10,7 +11,7 @@ set -euo pipefail
 here=$(dirname "$(realpath "$0")")
 root=$(realpath "$here/../..")
 export VHOSTD=${VHOSTD:-${CARGO_TARGET_DIR:-$root/target}/debug/vhostd}
-os_vif=${1:?debian, newest or a version of os-vif}
+os_vif=${1:?debian, newest, a version of os-vif, or nova}
 work=$root/target/os-vif/$os_vif
 shift
 
@@ -30,9 +31,17 @@ debian)
 *)
     python=$work/bin/python
     [ -x "$python" ] || /usr/bin/python3 -m venv "$work"
-    [ "$os_vif" = newest ] && wanted=os-vif || wanted=os-vif==$os_vif
+    case $os_vif in
+    newest) wanted=os-vif ;;
+    nova) wanted=nova ;;
+    *) wanted=os-vif==$os_vif ;;
+    esac
     "$python" -m pip install -q --upgrade "$wanted" oslotest testtools "$work/source"
     ;;
 esac
 cd "$here/tests"
-PYTHONDONTWRITEBYTECODE=1 exec "$python" -m unittest discover "$@"
+export PYTHONDONTWRITEBYTECODE=1
+# OpenStack's libraries warn of each other.
+unittest=("$python" -W ignore -W default::ResourceWarning -m unittest)
+"${unittest[@]}" discover "$@"
+[ "$os_vif" != nova ] || "${unittest[@]}" nova_boot "$@"

@@ -67,12 +67,11 @@ class Silent(DaemonCase):
         super().tearDown()
 
     def test_a_plug_has_its_time_and_no_more(self):
-        for _ in range(2):
-            start = time.monotonic()
-            with self.assertRaises(vif_exc.PlugException) as caught:
-                os_vif.plug(self.vif(), instance())
-            self.assertLess(time.monotonic() - start, 2)
-            self.assertIn("did not answer within 1 s", str(caught.exception))
+        start = time.monotonic()
+        with self.assertRaises(vif_exc.PlugException) as caught:
+            os_vif.plug(self.vif(), instance())
+        self.assertLess(time.monotonic() - start, 2)
+        self.assertIn("did not answer within 1 s", str(caught.exception))
 
     # In tearDown: what was given up is not done when the daemon goes on.
 
