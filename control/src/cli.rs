@@ -188,7 +188,7 @@ pub struct PlugArgs {
     /// Largest payload of an Ethernet frame, bytes [default: 1500]
     #[arg(long, value_name = "BYTES", conflicts_with = "file", value_parser = within(&MTU_RANGE))]
     pub mtu: Option<u16>,
-    /// Queue pairs [default: what the guest wants, up to 128; one for a TAP and for another switch]
+    /// Queue pairs [default: what the guest wants, up to 128; one for a TAP and for another switch, which may have fewer]
     #[arg(long, value_name = "N", conflicts_with = "file", value_parser = within(&QUEUES_RANGE))]
     pub queues: Option<u16>,
     /// Read the plug from a document: os-vif, or as `show -o json` prints it; - is standard input

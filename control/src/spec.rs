@@ -46,7 +46,8 @@ pub struct PlugSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 68, maximum = 9216)]
     pub mtu: Option<u16>,
-    /// Queue pairs. Left out: a guest may use up to 128, a TAP has one.
+    /// Queue pairs. Left out: a guest may use up to 128; one for a TAP, and one of another switch, which may also have fewer
+    /// than are asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 128)]
     pub queues: Option<u16>,
@@ -132,9 +133,6 @@ pub enum SpecError {
     /// An uplink has no guest.
     #[error("mac {0} is a guest's address, and this plug has no guest")]
     MacWithoutGuest(Mac),
-    /// Another switch gets one queue pair.
-    #[error("a front-end port has one queue pair, not {0}: leave out queues")]
-    FrontEndQueues(u16),
     /// A number out of bounds.
     #[error("{field} is {value}, it must be {min} to {max}")]
     Bounds {
@@ -161,7 +159,6 @@ impl SpecError {
             Self::Empty => None,
             Self::NetworkOfItsOwn(_) => Some("spec.network"),
             Self::MacWithoutGuest(_) => Some("spec.mac"),
-            Self::FrontEndQueues(_) => Some("spec.queues"),
             Self::Bounds { field, .. } => Some(field),
             Self::Ovs(_) => Some("spec.to"),
         }
@@ -186,9 +183,6 @@ impl PlugSpec {
         }
         if let (false, Some(mac)) = (self.has_guest(), self.mac) {
             return Err(SpecError::MacWithoutGuest(mac));
-        }
-        if let (true, Some(queues @ 2..)) = (self.is_front_end(), self.queues) {
-            return Err(SpecError::FrontEndQueues(queues));
         }
         bounded("spec.mtu", *self.mtu.get_or_insert(MTU_DEFAULT), MTU_RANGE)?;
         if let Some(queues) = self.queues {
@@ -225,6 +219,11 @@ impl PlugSpec {
     /// Queue pairs that a guest may use.
     pub fn guest_queues(&self) -> u16 {
         self.queues.unwrap_or(*QUEUES_RANGE.end())
+    }
+
+    /// Queue pairs to be used with another switch.
+    pub fn front_end_queues(&self) -> u16 {
+        self.queues.unwrap_or(1)
     }
 
     /// MTU of a completed spec.
@@ -350,8 +349,7 @@ mod tests {
         };
         let with_mac = front(json!({"mac": "52:54:00:00:00:01"}));
         assert!(matches!(refused(with_mac), SpecError::MacWithoutGuest(_)));
-        assert_eq!(refused(front(json!({"queues": 2}))).field(), Some("spec.queues"));
-        assert!(spec(front(json!({"queues": 1}))).completed(&name("vm1")).is_ok());
+        assert_eq!(refused(front(json!({"queues": 129}))).field(), Some("spec.queues"));
         for (field, value) in [("mtu", 67), ("mtu", 9217), ("queues", 0), ("queues", 129)] {
             let error = refused(json!({"socket": listen(), field: value}));
             assert_eq!(error.field(), Some(format!("spec.{field}").as_str()));

@@ -15,7 +15,7 @@ use wire::{Offloads, VnetHeader, flow_hash};
 use crate::counters::RingCounters;
 use crate::drops::DropReason;
 use crate::events::Events;
-use crate::port::{Driven, Guest, Port, PortLink, RingSlot, Tap, TapPort};
+use crate::port::{Driven, FrontEnd, Guest, Port, PortLink, RingSlot, Tap, TapPort, share};
 
 /// A ring that frames are delivered into.
 trait Sink {
@@ -109,7 +109,7 @@ impl Deliverer {
         let select = if self.longest > port.frame_max() { fitting(port, burst, select) } else { select };
         match &port.link {
             PortLink::Guest(guest) => self.guest(port, guest, burst, select),
-            PortLink::FrontEnd(front) => self.ring(port, &front.tx, 1, front.accepts(), burst, select),
+            PortLink::FrontEnd(front) => self.front_end(port, front, burst, select),
             PortLink::Tap(tap) => self.tap(port, tap, burst, select),
         }
     }
@@ -119,15 +119,39 @@ impl Deliverer {
         match guest.active() {
             0 => port.counters.drop(DropReason::GuestRxRingDisabled, select.count_ones().into()),
             1 => self.queue(port, guest, guest.queue_for(0, 1), burst, select),
-            active => self.spread(port, guest, active, burst, select),
+            active => {
+                let queue_for = |hash| guest.queue_for(hash, active);
+                self.spread(burst, select, queue_for, |own, queue, select| {
+                    own.queue(port, guest, queue, burst, select);
+                });
+            }
         }
     }
 
-    /// Several RX queues: a flow always goes to the same one, so that it keeps its order.
-    fn spread(&mut self, port: &Port, guest: &Guest, active: u16, burst: &Burst<'_>, select: u64) {
+    fn front_end(&mut self, port: &Port, front: &FrontEnd, burst: &Burst<'_>, select: u64) {
+        let put = |own: &mut Self, queue: u16, select| {
+            if let Some(pair) = front.pairs.get(usize::from(queue)) {
+                own.ring(port, &pair.tx, 2 * queue + 1, front.accepts(), burst, select);
+            }
+        };
+        match front.active() {
+            0 => port.counters.drop(DropReason::PeerDown, select.count_ones().into()),
+            1 => put(self, 0, select),
+            active => self.spread(burst, select, |hash| share(hash, active), put),
+        }
+    }
+
+    /// Several queues: a flow always goes to the same one, so that it keeps its order.
+    fn spread(
+        &mut self,
+        burst: &Burst<'_>,
+        select: u64,
+        queue_for: impl Fn(u32) -> u16,
+        put: impl Fn(&mut Self, u16, u64),
+    ) {
         let mut queues = [0u16; BURST_MAX];
         for frame in each(select) {
-            queues[frame] = guest.queue_for(flow_hash(burst.prefix(frame)), active);
+            queues[frame] = queue_for(flow_hash(burst.prefix(frame)));
         }
         let mut left = select;
         while left != 0 {
@@ -135,7 +159,7 @@ impl Deliverer {
             let same =
                 each(left).filter(|frame| queues[*frame] == queue).fold(0, |set, frame| set | 1 << frame);
             left &= !same;
-            self.queue(port, guest, queue, burst, same);
+            put(self, queue, same);
         }
     }
 

@@ -1,11 +1,17 @@
 //! The driver of a port that is a front end: what a guest does, for a back end. Runs on the threads of its
 //! [`vhost_user::attachment`].
 //!
-//! One queue pair. RX buffers are merged, so that frames of 64 KiB that are yet to be segmented (GSO) pass whole, and
-//! whatever a TAP can leave to its other side, both may.
+//! As many queue pairs run as were asked for and the back end has. RX buffers are merged, so that frames of 64 KiB that are
+//! yet to be segmented (GSO) pass whole, and whatever a TAP can leave to its other side, both may.
+//!
+//! # Memory
+//!
+//! Each session has memory of its own, made when a back end is there and given back when it goes. What nobody has touched
+//! takes none: of a new queue pair that is its two rings. The back end uses RX buffers one after the other, so traffic
+//! soon takes all of them; of the TX buffers it takes as many as were once on their way together.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -16,9 +22,9 @@ use vring::features::*;
 
 use crate::events::Events;
 use crate::guest::OFFLOADS;
-use crate::port::{Driven, FrontEnd, Port, PortLink, RingSlot, RingState};
+use crate::port::{Driven, DrivenPair, FrontEnd, Port, PortLink, RingState};
 use crate::report::EventKind;
-use crate::worker::{Command, WorkerShared, key};
+use crate::worker::WorkerShared;
 
 /// Features that are acknowledged if offered.
 const WANTED: u64 = OFFLOADS
@@ -28,21 +34,36 @@ const WANTED: u64 = OFFLOADS
     | 1 << VERSION_1
     | 1 << RING_PACKED
     | 1 << ORDER_PLATFORM;
-/// Protocol features, by bit (vhost-user specification, "Protocol features"): REPLY_ACK, so that a refusal is heard of.
-const WANTED_PROTOCOL: u64 = 1 << 3;
+/// Protocol features, by bit (vhost-user specification, "Protocol features"): MQ and CONFIG, to ask how many queue pairs
+/// there are; REPLY_ACK, so that a refusal is heard of.
+const PROTOCOL_MQ: u64 = 1 << 0;
+const PROTOCOL_CONFIG: u64 = 1 << 9;
+const WANTED_PROTOCOL: u64 = PROTOCOL_MQ | 1 << 3 | PROTOCOL_CONFIG;
+/// Where max_virtqueue_pairs is in the configuration (virtio 1.2, 5.1.4).
+const CONFIG_PAIRS_AT: u32 = 8;
 
-/// Descriptors of each ring.
-const RING_SIZE: u16 = 256;
+/// Descriptors of each ring: for 31 frames of 64 KiB, as a TAP gives and another switch sends them in one burst.
+const RING_SIZE: u16 = 1024;
+/// The same for a back end that refuses so many.
+const RING_SIZE_SMALL: u16 = 256;
 /// Bytes of each buffer: an ordinary frame in one, one of 64 KiB in 33.
 const BUFFER_LEN: u32 = 2048;
-/// What lies in the shared memory.
-const RX: Area = Area { at: 0, size: RING_SIZE, buffer_len: BUFFER_LEN };
 
 /// Drives a port's rings.
 pub(crate) struct PortDriver {
     port: Arc<Port>,
     workers: Arc<[Arc<WorkerShared>]>,
     events: Arc<Events>,
+    /// Of the next session.
+    ring_size: u16,
+}
+
+/// A queue pair that the back end knows.
+struct Pair {
+    rx: Driven<DriverRx>,
+    tx: Driven<DriverTx>,
+    /// Signalled by the back end when one of its rings breaks.
+    err: [OwnedFd; 2],
 }
 
 /// Eventfds of a ring.
@@ -54,7 +75,7 @@ struct Fds {
 
 impl PortDriver {
     pub(crate) fn new(port: Arc<Port>, workers: Arc<[Arc<WorkerShared>]>, events: Arc<Events>) -> Self {
-        Self { port, workers, events }
+        Self { port, workers, events, ring_size: RING_SIZE }
     }
 
     fn front(&self) -> &FrontEnd {
@@ -64,66 +85,84 @@ impl PortDriver {
         }
     }
 
-    fn worker(&self) -> &Arc<WorkerShared> {
-        &self.workers[self.front().rx.worker.load(Ordering::Relaxed) as usize % self.workers.len()]
-    }
-
-    /// Hands the rings to the workers.
-    fn run(&self, rx: Driven<DriverRx>, tx: Driven<DriverTx>, features: u64) -> io::Result<()> {
+    /// Hands the rings to the workers; the descriptors that say when one breaks.
+    fn run(&self, pairs: Vec<Pair>, features: u64) -> Vec<OwnedFd> {
         let front = self.front();
         front.set_features(features);
-        self.worker().watch(rx.call.as_fd(), key(&self.port, 0))?;
-        install(&front.tx, tx);
-        install(&front.rx, rx);
-        let (done, _) = std::sync::mpsc::channel();
-        self.worker().send(Command::Add { port: self.port.clone(), queue: 0, done });
+        let mut err = Vec::new();
+        let mut active = 0;
+        for ((queue, slots), pair) in (0u16..).zip(&front.pairs).zip(pairs) {
+            *slots.tx.lock() = RingState { ring: Some(Box::new(pair.tx)), enabled: true, broken: None };
+            slots.rx.start(&self.port, queue, &self.workers, Box::new(pair.rx), true);
+            err.extend(pair.err);
+            active += 1;
+        }
+        front.set_active(active);
         front.linked.store(true, Ordering::Relaxed);
         self.events.tell(&self.port, EventKind::Linked);
-        Ok(())
+        err
     }
-}
 
-impl Driver for PortDriver {
-    fn start(&mut self, front: &mut vhost_user::FrontEnd) -> Result<Started, FrontEndError> {
-        self.events.tell(&self.port, EventKind::Connected);
-        let features = front.negotiate(WANTED, WANTED_PROTOCOL)?;
+    /// The whole handshake, with rings of `size`.
+    fn shake_hands(&self, back: &mut vhost_user::FrontEnd, size: u16) -> Result<Started, FrontEndError> {
+        let asked = self.front().pairs.len();
+        let features = back.negotiate(WANTED | u64::from(asked > 1) << MQ, WANTED_PROTOCOL)?;
         for (bit, name) in [(VERSION_1, "VIRTIO_F_VERSION_1"), (MRG_RXBUF, "VIRTIO_NET_F_MRG_RXBUF")] {
             if features & (1 << bit) == 0 {
                 return Err(FrontEndError::Lacks(name));
             }
         }
-        let tx = Area { at: RX.bytes().next_multiple_of(64), ..RX };
-        let memory = DriverMemory::huge(tx.at + tx.bytes())?;
-        front.set_memory(&[(memory.region(), memory.fd())])?;
-        let (rx, tx) = (DriverRx::new(&memory, RX, features), DriverTx::new(&memory, tx, features));
-        let rx_fds = start_ring(front, 0, rx.ring())?;
-        let tx_fds = start_ring(front, 1, tx.ring())?;
-        front.enable(0, true)?;
-        front.enable(1, true)?;
-        let rx = Driven { ring: rx, kick: rx_fds.kick, call: rx_fds.call };
-        let tx = Driven { ring: tx, kick: tx_fds.kick, call: tx_fds.call };
-        self.run(rx, tx, features)?;
-        Ok(Started {
-            err: vec![rx_fds.err, tx_fds.err],
-            ring_sizes: vec![RING_SIZE; 2],
-            memory_bytes: memory.len() as u64,
-        })
+        let rings = 2 * asked.min(queue_pairs(back, features)?);
+        let area = Area { at: 0, size, buffer_len: BUFFER_LEN };
+        let stride = area.bytes().next_multiple_of(64);
+        let memory = DriverMemory::huge(rings * stride)?;
+        back.set_memory(&[(memory.region(), memory.fd())])?;
+        let mut pairs = Vec::new();
+        let mut areas = (0..rings).map(|n| Area { at: n * stride, ..area });
+        while let (Some(rx), Some(tx)) = (areas.next(), areas.next()) {
+            let (rx, tx) = (DriverRx::new(&memory, rx, features), DriverTx::new(&memory, tx, features));
+            let index = 2 * u16::try_from(pairs.len()).expect("no more than a port may have");
+            let rx_fds = start_ring(back, index, rx.ring())?;
+            let tx_fds = start_ring(back, index + 1, tx.ring())?;
+            pairs.push(Pair {
+                rx: Driven { ring: rx, kick: rx_fds.kick, call: rx_fds.call },
+                tx: Driven { ring: tx, kick: tx_fds.kick, call: tx_fds.call },
+                err: [rx_fds.err, tx_fds.err],
+            });
+        }
+        // A back end takes the first rings that are ready for all that there are.
+        for (index, _) in (0..).zip(0..rings) {
+            back.enable(index, true)?;
+        }
+        let err = self.run(pairs, features);
+        Ok(Started { err, ring_sizes: vec![size; rings], memory_bytes: memory.len() as u64 })
+    }
+}
+
+impl Driver for PortDriver {
+    fn start(&mut self, back: &mut vhost_user::FrontEnd) -> Result<Started, FrontEndError> {
+        self.events.tell(&self.port, EventKind::Connected);
+        let size = std::mem::replace(&mut self.ring_size, RING_SIZE);
+        let started = self.shake_hands(back, size);
+        if size == RING_SIZE && started.as_ref().is_err_and(FrontEndError::is_refusal) {
+            self.ring_size = RING_SIZE_SMALL;
+        }
+        started
     }
 
     fn broken(&self) -> Option<String> {
-        let front = self.front();
-        let fault = front.rx.lock().broken;
-        fault.or_else(|| front.tx.lock().broken).map(|fault| fault.to_string())
+        let faults = |pair: &DrivenPair| pair.rx.lock().broken.or_else(|| pair.tx.lock().broken);
+        self.front().pairs.iter().find_map(faults).map(|fault| fault.to_string())
     }
 
     /// Why a ring broke stays to be seen until the next session.
     fn stop(&mut self) {
         let front = self.front();
-        let rx = front.rx.lock().ring.take();
-        if let Some(rx) = rx {
-            self.worker().unwatch(rx.call.as_fd());
+        front.set_active(0);
+        for pair in &front.pairs {
+            pair.rx.stop(&self.workers);
+            pair.tx.lock().ring = None;
         }
-        front.tx.lock().ring = None;
         front.set_features(0);
         if front.linked.swap(false, Ordering::Relaxed) {
             self.events.tell(&self.port, EventKind::Unlinked);
@@ -132,8 +171,17 @@ impl Driver for PortDriver {
     }
 }
 
-fn install<R>(slot: &RingSlot<Driven<R>>, ring: Driven<R>) {
-    *slot.lock() = RingState { ring: Some(Box::new(ring)), enabled: true, broken: None };
+/// Queue pairs that the back end has: those that its software can have, and those that this device of it has.
+fn queue_pairs(back: &mut vhost_user::FrontEnd, features: u64) -> Result<usize, FrontEndError> {
+    if features & 1 << MQ == 0 || back.protocol_features() & PROTOCOL_MQ == 0 {
+        return Ok(1);
+    }
+    let mut pairs = back.queue_pairs()?;
+    if back.protocol_features() & PROTOCOL_CONFIG != 0 {
+        let told = back.config(CONFIG_PAIRS_AT, 2)?;
+        pairs = pairs.min(told.try_into().map_or(1, u16::from_le_bytes).into());
+    }
+    Ok(usize::try_from(pairs).unwrap_or(usize::MAX).max(1))
 }
 
 fn start_ring(front: &vhost_user::FrontEnd, index: u16, ring: &DriverRing) -> Result<Fds, FrontEndError> {

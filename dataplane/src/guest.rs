@@ -14,7 +14,7 @@ use crate::MTU_MIN;
 use crate::events::Events;
 use crate::port::{Guest, Port, QUEUE_PAIRS_MAX, QueuePair, RingState};
 use crate::report::EventKind;
-use crate::worker::{Command, WorkerShared, key};
+use crate::worker::{Command, WorkerShared};
 
 /// What may be left to the other side, both ways: all that a TAP can leave to its own.
 pub(crate) const OFFLOADS: u64 = 1 << CSUM
@@ -122,28 +122,8 @@ impl GuestDevice {
     ) -> Result<(), RingError> {
         let enabled = setup.enabled;
         let ring = Box::new(TxRing::start(setup, memory)?);
-        // Under the lock, so that the pair stays with one worker meanwhile.
-        let mut state = pair.tx.lock();
-        let worker = self.worker(pair);
-        if let Some(kick) = ring.kick_fd()
-            && let Err(error) = worker.watch(kick, key(&self.port, queue))
-        {
-            tracing::warn!(port = self.port.name, queue, %error, "cannot watch the kick fd: the ring starts late");
-        }
-        *state = RingState { ring: Some(ring), enabled, broken: None };
-        drop(state);
-        let (done, _) = std::sync::mpsc::channel();
-        worker.send(Command::Add { port: self.port.clone(), queue, done });
+        pair.tx.start(&self.port, queue, &self.workers, ring, enabled);
         Ok(())
-    }
-
-    fn stop_tx(&self, pair: &QueuePair) -> Option<u32> {
-        let mut state = pair.tx.lock();
-        let ring = state.ring.take()?;
-        if let Some(kick) = ring.kick_fd() {
-            self.worker(pair).unwatch(kick);
-        }
-        Some(ring.base())
     }
 
     /// Works out which RX queues take frames and whether the port is linked, and tells of a change.
@@ -236,7 +216,7 @@ impl Device for GuestDevice {
             let stopped = pair.rx.lock().ring.take();
             stopped.map(|ring| ring.base())
         } else {
-            self.stop_tx(pair)
+            pair.tx.stop(&self.workers).map(|ring| ring.base())
         };
         self.relink();
         base
@@ -307,7 +287,7 @@ impl Device for GuestDevice {
     fn disconnected(&mut self) {
         for pair in &self.guest().pairs {
             *pair.rx.lock() = RingState { ring: None, enabled: false, broken: None };
-            self.stop_tx(pair);
+            pair.tx.stop(&self.workers);
             *pair.tx.lock() = RingState { ring: None, enabled: false, broken: None };
         }
         self.guest().set_features(0);

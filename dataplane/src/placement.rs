@@ -35,7 +35,7 @@ pub(crate) struct QueueSample {
     pub(crate) worker: usize,
     /// Frames that came from it, since it started.
     pub(crate) frames: u64,
-    /// Queues of a TAP and of a back end stay where they are.
+    /// Queues of a TAP stay where they are.
     pub(crate) movable: bool,
 }
 

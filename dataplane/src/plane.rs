@@ -252,15 +252,25 @@ impl Dataplane {
         Sample { cycles: sys::clock::cycles(), busy, queues }
     }
 
-    /// Lets another worker poll a guest's queue from now on; no frame is lost or overtaken. False if there is no such
+    /// Lets another worker poll a queue of a guest or back end from now on; no frame is lost or overtaken. False if there is no such
     /// port, queue or worker, or it is there already.
     pub fn move_queue(&self, to: &Move) -> bool {
         // One at a time: the two workers hear of moves in the same order.
         let state = self.state();
         let Some(port) = state.ports.get(&to.port).map(|e| e.port.clone()) else { return false };
-        let pair = port.guest().and_then(|guest| guest.pairs.get(usize::from(to.queue)));
-        let (Some(pair), Some(there)) = (pair, self.workers.get(to.to)) else { return false };
-        let moved = pair.move_to(&port, to.queue, &self.workers, there);
+        let Some(there) = self.workers.get(to.to) else { return false };
+        let queue = usize::from(to.queue);
+        let moved = match &port.link {
+            PortLink::Guest(guest) => {
+                let pair = guest.pairs.get(queue);
+                pair.is_some_and(|pair| pair.tx.move_to(&port, to.queue, &self.workers, there))
+            }
+            PortLink::FrontEnd(front) => {
+                let pair = front.pairs.get(queue);
+                pair.is_some_and(|pair| pair.rx.move_to(&port, to.queue, &self.workers, there))
+            }
+            PortLink::Tap(_) => false,
+        };
         drop(state);
         moved
     }
@@ -295,24 +305,24 @@ impl Dataplane {
     fn prepare(&self, name: &str, link: Link) -> Result<(PortLink, Option<Endpoint>), Error> {
         let workers = u32::try_from(self.workers.len()).unwrap_or(1);
         let next = || self.next_worker.fetch_add(1, Ordering::Relaxed) % workers;
+        // Ports with one queue, which are most, are dealt out in turn, too.
+        let deal = |queues: &mut dyn Iterator<Item = &AtomicU32>| {
+            let first = next();
+            (first..).zip(queues).for_each(|(n, worker)| worker.store(n % workers, Ordering::Relaxed));
+        };
         match link {
             Link::VhostUser { endpoint, mac, queue_pairs } => {
                 let guest = Guest::new(mac, queue_pairs);
-                let first = next();
-                for (n, pair) in (0u32..).zip(&guest.pairs) {
-                    let worker = (first + n) % workers;
-                    pair.rx.worker.store(worker, Ordering::Relaxed);
-                    pair.tx.worker.store(worker, Ordering::Relaxed);
-                }
+                deal(&mut guest.pairs.iter().map(|pair| &pair.tx.worker));
                 Ok((PortLink::Guest(guest), Some(endpoint)))
             }
-            Link::FrontEnd { endpoint } => {
+            Link::FrontEnd { endpoint, queue_pairs } => {
                 let bell = Bell::new().map_err(|cause| Error::System {
                     what: format!("port {name}: eventfd of its session"),
                     cause,
                 })?;
-                let front = FrontEnd::new(bell);
-                front.rx.worker.store(next(), Ordering::Relaxed);
+                let front = FrontEnd::new(queue_pairs, bell);
+                deal(&mut front.pairs.iter().map(|pair| &pair.rx.worker));
                 Ok((PortLink::FrontEnd(front), Some(endpoint)))
             }
             Link::Tap { queues } => {
@@ -484,7 +494,9 @@ fn check_bounds(spec: &PortSpec) -> Result<(), Error> {
         return Err(bounds("mtu", spec.mtu.into(), "68..=9216"));
     }
     match &spec.link {
-        Link::VhostUser { queue_pairs, .. } if !(1..=QUEUE_PAIRS_MAX).contains(queue_pairs) => {
+        Link::VhostUser { queue_pairs, .. } | Link::FrontEnd { queue_pairs, .. }
+            if !(1..=QUEUE_PAIRS_MAX).contains(queue_pairs) =>
+        {
             Err(bounds("queues", (*queue_pairs).into(), "1..=128"))
         }
         Link::Tap { queues, .. } if queues.is_empty() || queues.len() > usize::from(QUEUE_PAIRS_MAX) => {
@@ -498,25 +510,36 @@ fn check_bounds(spec: &PortSpec) -> Result<(), Error> {
 fn guest_rings(guest: &Guest) -> Vec<RingReport> {
     let mut rings = Vec::new();
     for (pair, n) in guest.pairs.iter().zip(0u16..) {
+        let worker = &pair.tx.worker;
         let rx = pair.rx.lock().ring.as_ref().map(|r| r.size());
-        rings.extend(ring_report(&pair.rx, 2 * n, rx, false));
+        rings.extend(ring_report(&pair.rx, 2 * n, worker, rx, false));
         let tx = pair.tx.lock().ring.as_ref().map(|r| r.size());
-        rings.extend(ring_report(&pair.tx, 2 * n + 1, tx, true));
+        rings.extend(ring_report(&pair.tx, 2 * n + 1, worker, tx, true));
     }
     rings
 }
 
-/// The two rings of a back end, if they ever ran.
+/// The same of a back end.
 fn front_end_rings(front: &FrontEnd) -> Vec<RingReport> {
-    let rx = front.rx.lock().ring.as_ref().map(|rx| rx.ring.ring().size());
-    let tx = front.tx.lock().ring.as_ref().map(|tx| tx.ring.ring().size());
-    [ring_report(&front.rx, 0, rx, true), ring_report(&front.tx, 1, tx, false)]
-        .into_iter()
-        .flatten()
-        .collect()
+    let mut rings = Vec::new();
+    for (pair, n) in front.pairs.iter().zip(0u16..) {
+        let worker = &pair.rx.worker;
+        let rx = pair.rx.lock().ring.as_ref().map(|rx| rx.ring.ring().size());
+        rings.extend(ring_report(&pair.rx, 2 * n, worker, rx, true));
+        let tx = pair.tx.lock().ring.as_ref().map(|tx| tx.ring.ring().size());
+        rings.extend(ring_report(&pair.tx, 2 * n + 1, worker, tx, false));
+    }
+    rings
 }
 
-fn ring_report<R>(slot: &RingSlot<R>, index: u16, size: Option<u16>, from_port: bool) -> Option<RingReport> {
+/// `worker` is the one of the pair.
+fn ring_report<R>(
+    slot: &RingSlot<R>,
+    index: u16,
+    worker: &AtomicU32,
+    size: Option<u16>,
+    from_port: bool,
+) -> Option<RingReport> {
     let counted = slot.counters_if_any();
     if size.is_none() && counted.is_none() {
         return None;
@@ -532,7 +555,7 @@ fn ring_report<R>(slot: &RingSlot<R>, index: u16, size: Option<u16>, from_port: 
         enabled: state.enabled,
         broken: state.broken.map(|fault| fault.to_string()),
         size: size.unwrap_or(0),
-        worker: slot.worker.load(Ordering::Relaxed) as usize,
+        worker: worker.load(Ordering::Relaxed) as usize,
         counters,
         kicks: counted.map_or(0, |c| c.kicks.read()),
         calls: counted.map_or(0, |c| c.calls.read()),
@@ -575,9 +598,10 @@ fn queue_samples(port: &Port) -> Vec<QueueSample> {
             .zip(&guest.pairs)
             .map(|(n, pair)| sample(n, &pair.tx.worker, pair.tx.counters_if_any(), true))
             .collect(),
-        PortLink::FrontEnd(front) => {
-            vec![sample(0, &front.rx.worker, front.rx.counters_if_any(), false)]
-        }
+        PortLink::FrontEnd(front) => (0u16..)
+            .zip(&front.pairs)
+            .map(|(n, pair)| sample(n, &pair.rx.worker, pair.rx.counters_if_any(), true))
+            .collect(),
         PortLink::Tap(tap) => {
             (0u16..).zip(&tap.queues).map(|(n, tap)| sample(n, &tap.worker, Some(&tap.rx), false)).collect()
         }
@@ -590,16 +614,14 @@ fn polled_by(port: &Port, worker: u32) -> Vec<String> {
     match &port.link {
         PortLink::Guest(guest) => (0u16..)
             .zip(&guest.pairs)
-            .filter(|(_, pair)| {
-                pair.tx.worker.load(Ordering::Relaxed) == worker && pair.tx.lock().ring.is_some()
-            })
+            .filter(|(_, pair)| pair.tx.runs_on(worker))
             .map(|(n, _)| name(2 * n + 1))
             .collect(),
-        PortLink::FrontEnd(front) => {
-            let rx = &front.rx;
-            let polls = rx.worker.load(Ordering::Relaxed) == worker && rx.lock().ring.is_some();
-            polls.then(|| name(0)).into_iter().collect()
-        }
+        PortLink::FrontEnd(front) => (0u16..)
+            .zip(&front.pairs)
+            .filter(|(_, pair)| pair.rx.runs_on(worker))
+            .map(|(n, _)| name(2 * n))
+            .collect(),
         PortLink::Tap(tap) => (0u16..)
             .zip(&tap.queues)
             .filter(|(_, queue)| queue.worker.load(Ordering::Relaxed) == worker)

@@ -8,7 +8,7 @@
 //! Nobody takes a TX lock while holding an RX lock, so there is no cycle. With the rings of a back end, which we drive, it is
 //! the same the other way round: frames come from RX and go to TX.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -93,37 +93,21 @@ pub(crate) struct QueuePair {
     pub(crate) tx: RingSlot<TxRing>,
 }
 
-impl QueuePair {
-    /// Gives the pair to the worker `there`. Its ring runs on: whoever holds the lock for a burst finds it where the burst
-    /// before left it. False if it was there already.
-    pub(crate) fn move_to(
-        &self,
-        port: &Arc<Port>,
-        queue: u16,
-        workers: &[Arc<WorkerShared>],
-        there: &WorkerShared,
-    ) -> bool {
-        let state = self.tx.lock();
-        let from = self.tx.worker.swap(there.index, Ordering::Relaxed);
-        self.rx.worker.store(there.index, Ordering::Relaxed);
-        if from == there.index {
-            return false;
-        }
-        let here = &workers[from as usize % workers.len()];
-        if let Some(kick) = state.ring.as_ref().and_then(|ring| ring.kick_fd()) {
-            here.unwatch(kick);
-            if let Err(error) = there.watch(kick, key(port, queue)) {
-                tracing::warn!(port = port.name, queue, %error, "cannot watch the kick fd: the ring may wait");
-            }
-        }
-        let runs = state.ring.is_some();
-        drop(state);
-        here.send(Command::Forget { port: port.clone(), queue });
-        if runs {
-            let (done, _) = std::sync::mpsc::channel();
-            there.send(Command::Add { port: port.clone(), queue, done });
-        }
-        true
+/// A ring that workers poll.
+pub(crate) trait Source {
+    /// Signalled by the other side when frames came, if it was asked to.
+    fn bell(&self) -> Option<BorrowedFd<'_>>;
+}
+
+impl Source for TxRing {
+    fn bell(&self) -> Option<BorrowedFd<'_>> {
+        self.kick_fd()
+    }
+}
+
+impl Source for Driven<DriverRx> {
+    fn bell(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.call.as_fd())
     }
 }
 
@@ -132,7 +116,7 @@ pub(crate) struct RingSlot<R> {
     state: Mutex<RingState<R>>,
     /// Made when the ring first starts; kept for the life of the port.
     counters: OnceLock<Box<RingCounters>>,
-    /// Worker that polls the queue pair.
+    /// Worker that polls the queue pair. Changed under the lock of the one of its rings that is polled.
     pub(crate) worker: AtomicU32,
 }
 
@@ -170,6 +154,81 @@ impl<R> RingSlot<R> {
     /// The counters, if the ring ever ran.
     pub(crate) fn counters_if_any(&self) -> Option<&RingCounters> {
         self.counters.get().map(|c| &**c)
+    }
+
+    /// Whether `worker` polls it, and it runs.
+    pub(crate) fn runs_on(&self, worker: u32) -> bool {
+        self.worker.load(Ordering::Relaxed) == worker && self.lock().ring.is_some()
+    }
+}
+
+impl<R: Source> RingSlot<R> {
+    /// Lets its worker poll `ring` from now on, as queue `queue` of `port`.
+    pub(crate) fn start(
+        &self,
+        port: &Arc<Port>,
+        queue: u16,
+        workers: &[Arc<WorkerShared>],
+        ring: Box<R>,
+        enabled: bool,
+    ) {
+        // Under the lock, so that the queue stays with one worker meanwhile.
+        let mut state = self.lock();
+        let worker = self.worker_of(workers);
+        if let Some(bell) = ring.bell()
+            && let Err(error) = worker.watch(bell, key(port, queue))
+        {
+            tracing::warn!(port = port.name, queue, %error, "cannot watch a ring's eventfd: it starts late");
+        }
+        *state = RingState { ring: Some(ring), enabled, broken: None };
+        drop(state);
+        let (done, _) = std::sync::mpsc::channel();
+        worker.send(Command::Add { port: port.clone(), queue, done });
+    }
+
+    /// Nobody polls it any more when this returns.
+    pub(crate) fn stop(&self, workers: &[Arc<WorkerShared>]) -> Option<Box<R>> {
+        let mut state = self.lock();
+        let ring = state.ring.take()?;
+        if let Some(bell) = ring.bell() {
+            self.worker_of(workers).unwatch(bell);
+        }
+        Some(ring)
+    }
+
+    /// Gives it to the worker `there`. It runs on: whoever holds the lock for a burst finds it where the burst before left
+    /// it. False if it was there already.
+    pub(crate) fn move_to(
+        &self,
+        port: &Arc<Port>,
+        queue: u16,
+        workers: &[Arc<WorkerShared>],
+        there: &WorkerShared,
+    ) -> bool {
+        let state = self.lock();
+        let here = self.worker_of(workers);
+        if here.index == there.index {
+            return false;
+        }
+        self.worker.store(there.index, Ordering::Relaxed);
+        if let Some(bell) = state.ring.as_ref().and_then(|ring| ring.bell()) {
+            here.unwatch(bell);
+            if let Err(error) = there.watch(bell, key(port, queue)) {
+                tracing::warn!(port = port.name, queue, %error, "cannot watch a ring's eventfd: it may wait");
+            }
+        }
+        let runs = state.ring.is_some();
+        drop(state);
+        here.send(Command::Forget { port: port.clone(), queue });
+        if runs {
+            let (done, _) = std::sync::mpsc::channel();
+            there.send(Command::Add { port: port.clone(), queue, done });
+        }
+        true
+    }
+
+    fn worker_of<'w>(&self, workers: &'w [Arc<WorkerShared>]) -> &'w WorkerShared {
+        &workers[self.worker.load(Ordering::Relaxed) as usize % workers.len()]
     }
 }
 
@@ -221,23 +280,37 @@ impl Guest {
     /// The RX queue for a flow.
     #[inline]
     pub(crate) fn queue_for(&self, hash: u32, active: u16) -> u16 {
-        let index = (u64::from(hash) * u64::from(active)) >> 32;
-        let queue = usize::try_from(index).ok().and_then(|i| self.rx_active.get(i));
+        let queue = self.rx_active.get(usize::from(share(hash, active)));
         queue.map_or(0, |q| q.load(Ordering::Relaxed)).into()
     }
 }
 
+/// Which of `count` queues a flow goes to, by its hash.
+#[inline]
+pub(crate) fn share(hash: u32, count: u16) -> u16 {
+    u16::try_from((u64::from(hash) * u64::from(count)) >> 32).unwrap_or(0)
+}
+
 /// A back end's rings, which we drive.
 pub(crate) struct FrontEnd {
+    /// As many queue pairs as were asked for; the back end may have fewer.
+    pub(crate) pairs: Box<[DrivenPair]>,
+    /// What the back end takes, and may ask for.
+    agreed: Agreed,
+    /// Queue pairs that run: the first ones.
+    active: AtomicU16,
+    pub(crate) linked: AtomicBool,
+    /// To be rung when a ring breaks.
+    pub(crate) bell: Bell,
+}
+
+/// One queue pair that we drive.
+#[derive(Default)]
+pub(crate) struct DrivenPair {
     /// Frames from the back end.
     pub(crate) rx: RingSlot<Driven<DriverRx>>,
     /// Frames to it.
     pub(crate) tx: RingSlot<Driven<DriverTx>>,
-    /// What the back end takes, and may ask for.
-    agreed: Agreed,
-    pub(crate) linked: AtomicBool,
-    /// To be rung when a ring breaks.
-    pub(crate) bell: Bell,
 }
 
 /// A ring that we drive, and its eventfds. The back end holds them too.
@@ -250,11 +323,11 @@ pub(crate) struct Driven<R> {
 }
 
 impl FrontEnd {
-    pub(crate) fn new(bell: Bell) -> Self {
+    pub(crate) fn new(queue_pairs: u16, bell: Bell) -> Self {
         Self {
-            rx: RingSlot::default(),
-            tx: RingSlot::default(),
+            pairs: (0..queue_pairs).map(|_| DrivenPair::default()).collect(),
             agreed: Agreed::default(),
+            active: AtomicU16::new(0),
             linked: AtomicBool::new(false),
             bell,
         }
@@ -275,6 +348,17 @@ impl FrontEnd {
     #[inline]
     pub(crate) fn sends(&self) -> Offloads {
         self.agreed.sends()
+    }
+
+    /// Notes that the first `pairs` queue pairs run.
+    pub(crate) fn set_active(&self, pairs: u16) {
+        self.active.store(pairs, Ordering::Release);
+    }
+
+    /// How many queue pairs run.
+    #[inline]
+    pub(crate) fn active(&self) -> u16 {
+        self.active.load(Ordering::Acquire)
     }
 }
 
@@ -301,6 +385,14 @@ impl Port {
         match &self.link {
             PortLink::Guest(guest) => Some(guest),
             PortLink::FrontEnd(_) | PortLink::Tap(_) => None,
+        }
+    }
+
+    /// A queue pair of the back end, if it is a front-end port.
+    pub(crate) fn driven(&self, queue: u16) -> Option<&DrivenPair> {
+        match &self.link {
+            PortLink::FrontEnd(front) => front.pairs.get(usize::from(queue)),
+            PortLink::Guest(_) | PortLink::Tap(_) => None,
         }
     }
 

@@ -60,6 +60,8 @@ pub enum Link {
     FrontEnd {
         /// Socket and role.
         endpoint: Endpoint,
+        /// Queue pairs to be used if the back end has so many, 1..=128.
+        queue_pairs: u16,
     },
     /// A TAP: the network's way to a Linux bridge, OVS or the host itself.
     Tap {

@@ -259,14 +259,16 @@ impl Worker {
             state.ring = None;
             state.broken = Some(RingFault::Defect);
         }
-        if let PortLink::FrontEnd(front) = &port.link {
-            let mut state = front.rx.lock();
+        let mut index = 2 * queue + 1;
+        if let Some(pair) = port.driven(queue) {
+            index = 2 * queue;
+            let mut state = pair.rx.lock();
             if let Some(rx) = state.ring.take() {
                 self.shared.unwatch(rx.call.as_fd());
             }
             state.broken = Some(RingFault::Defect);
         }
-        self.events.ring_broken(&port, 2 * queue + 1, RingFault::Defect);
+        self.events.ring_broken(&port, index, RingFault::Defect);
         self.reindex();
     }
 
@@ -393,10 +395,15 @@ impl Worker {
 
     fn poll_front_end(&mut self, index: usize, port: &Arc<Port>, front: &FrontEnd) -> Found {
         let source = &self.sources[index];
-        let mut state = front.rx.lock();
+        let Some(pair) = front.pairs.get(usize::from(source.queue)) else { return Found::NoRing };
+        let mut state = pair.rx.lock();
         let RingState { ring: slot, broken, .. } = &mut *state;
         let Some(Driven { ring, kick, call }) = slot.as_deref_mut() else { return Found::NoRing };
-        let counters = front.rx.counters();
+        if pair.rx.worker.load(Ordering::Relaxed) != self.shared.index {
+            // As with a guest's.
+            return Found::NoRing;
+        }
+        let counters = pair.rx.counters();
         let mut burst = match ring.dequeue(&mut self.frames) {
             Ok(burst) => burst,
             Err(fault) => {
@@ -404,7 +411,7 @@ impl Worker {
                 *slot = None;
                 *broken = Some(fault);
                 drop(state);
-                self.events.ring_broken(port, 0, fault);
+                self.events.ring_broken(port, 2 * source.queue, fault);
                 return Found::NoRing;
             }
         };
@@ -456,7 +463,10 @@ impl Worker {
         match &source.port.link {
             // Every frame that comes is an edge of its own.
             PortLink::Tap(_) => true,
-            PortLink::FrontEnd(front) => front.rx.lock().ring.as_mut().is_none_or(|rx| rx.ring.arm()),
+            PortLink::FrontEnd(_) => {
+                let Some(pair) = source.port.driven(source.queue) else { return true };
+                pair.rx.lock().ring.as_mut().is_none_or(|rx| rx.ring.arm())
+            }
             PortLink::Guest(guest) => {
                 let Some(pair) = guest.pairs.get(usize::from(source.queue)) else { return true };
                 match pair.tx.lock().ring.as_mut() {
@@ -481,12 +491,12 @@ impl Worker {
                 ring.disarm();
             }
         }
-        if let PortLink::FrontEnd(front) = &source.port.link {
+        if let Some(pair) = source.port.driven(source.queue) {
             if kicked {
-                front.rx.counters().kicks.add(1);
+                pair.rx.counters().kicks.add(1);
             }
             if !source.active
-                && let Some(rx) = front.rx.lock().ring.as_mut()
+                && let Some(rx) = pair.rx.lock().ring.as_mut()
             {
                 rx.ring.disarm();
             }

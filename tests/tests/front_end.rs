@@ -2,6 +2,7 @@
 //! `vhost-user-backend`), which can be told to go away or to lie.
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeSet;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -9,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use dataplane::{Link, PortId, PortSpec};
+use dataplane::{Link, Move, PortId, PortSpec, RingReport};
 use e2e::canary::Canary;
 use e2e::deadline::wait_for;
 use e2e::inproc::{Ledger, Plane, PortPlan, SOON, until};
@@ -34,7 +35,11 @@ const A: [u8; 6] = [2, 0, 0, 0, 0, 0xa];
 const B: [u8; 6] = [2, 0, 0, 0, 0, 0xb];
 
 fn front_end(plane: &Plane, network: &str, endpoint: Endpoint) -> Result<PortId> {
-    let (name, network, link) = ("front".into(), network.into(), Link::FrontEnd { endpoint });
+    multi_queue(plane, network, endpoint, 1)
+}
+
+fn multi_queue(plane: &Plane, network: &str, endpoint: Endpoint, queue_pairs: u16) -> Result<PortId> {
+    let (name, network, link) = ("front".into(), network.into(), Link::FrontEnd { endpoint, queue_pairs });
     Ok(plane.dataplane().add_port(PortSpec { name, network, mtu: MTU, link })?)
 }
 
@@ -119,6 +124,81 @@ fn frames_pass_whole_to_a_back_end_that_connects() -> Result<()> {
     across(true)
 }
 
+/// Frames of many flows through two queue pairs, between two front-end ports and their back ends:
+///
+/// ```text
+/// guest A ── left ── back (a guest's port, 3 queue pairs) ═══ front (asks for 2) ── right ── guest B
+/// ```
+#[test]
+fn flows_are_spread_over_queue_pairs_and_keep_their_order() -> Result<()> {
+    const FLOWS: u16 = 64;
+    let plane = Plane::start()?;
+    let (mut a, mut b) = (guest(&plane, "a", "left")?, guest(&plane, "b", "right")?);
+    let back = plane.add(PortPlan { mtu: MTU, queue_pairs: 3, ..PortPlan::new("cable", "left") })?;
+    let front = multi_queue(&plane, "right", Endpoint::connect(plane.path("cable")), 2)?;
+    until("the cable", || linked(&plane, front) && linked(&plane, back))?;
+    let craft = |from: [u8; 6], to: [u8; 6]| {
+        Craft::v4(Mac::new(from), Mac::new(to), [10, 0, 0, 1].into(), [10, 0, 0, 2].into())
+    };
+    for sequence in 0..8 {
+        for flow in 0..FLOWS {
+            let payload = [sequence; 100];
+            exchange(&mut a, &mut b, &craft(A, B).udp(flow, 7, &payload))?;
+            exchange(&mut b, &mut a, &craft(B, A).udp(7, flow, &payload))?;
+        }
+    }
+    let frames = 8 * u64::from(FLOWS);
+    for (port, kind) in [(front, "front"), (back, "back")] {
+        plane.expect_counters(port, &Ledger::new(frames, frames))?;
+        let rings = plane.port(port)?.rings;
+        let carried = |ring: &RingReport| ring.counters.rx_frames + ring.counters.tx_frames;
+        ensure!(rings.len() == 4 && rings.iter().all(|ring| carried(ring) > frames / 8), "{kind}: {rings:?}");
+    }
+    // Each worker polls one of them, if there are two.
+    let workers = plane.dataplane().workers().len();
+    let polled: BTreeSet<_> = plane.port(front)?.rings.iter().map(|ring| ring.worker).collect();
+    ensure!(polled.len() == workers.min(2), "{polled:?}");
+    drop((a, b));
+    plane.finish()
+}
+
+/// A queue pair that is given to the other worker, and back again, while frames go through it, loses none.
+#[test]
+fn a_queue_pair_of_a_back_end_changes_workers_while_frames_pass() -> Result<()> {
+    let plane = Plane::start()?;
+    if plane.dataplane().workers().len() < 2 {
+        return plane.finish();
+    }
+    let (mut a, mut b) = (guest(&plane, "a", "left")?, guest(&plane, "b", "right")?);
+    let back = plane.add(PortPlan { mtu: MTU, ..PortPlan::new("cable", "left") })?;
+    let front = front_end(&plane, "right", Endpoint::connect(plane.path("cable")))?;
+    until("the cable", || linked(&plane, front) && linked(&plane, back))?;
+    let oracle = Oracle::new(std::process::id());
+    let worker = || plane.port(front).map(|port| port.rings[0].worker);
+    for sequence in 0..200 {
+        let from = worker()?;
+        let to = Move { port: front, port_name: "front".into(), queue: 0, from, to: 1 - from, share: 0.5 };
+        ensure!(plane.dataplane().move_queue(&to) && worker()? == 1 - from);
+        ensure!(!plane.dataplane().move_queue(&to), "it is there already");
+        exchange(&mut a, &mut b, &oracle.frame(&Flow { id: 0, src: A, dst: B }, sequence, 300))?;
+        exchange(&mut b, &mut a, &oracle.frame(&Flow { id: 1, src: B, dst: A }, sequence, 300))?;
+    }
+    plane.expect_counters(front, &Ledger::new(200, 200))?;
+    drop((a, b));
+    plane.finish()
+}
+
+/// What is asked for and not there is no reason to fail.
+#[test]
+fn a_back_end_with_fewer_queue_pairs_gets_those() -> Result<()> {
+    let plane = Plane::start()?;
+    let back = plane.add(PortPlan { queue_pairs: 1, ..PortPlan::new("cable", "left") })?;
+    let front = multi_queue(&plane, "right", Endpoint::connect(plane.path("cable")), 4)?;
+    until("the cable", || linked(&plane, front) && linked(&plane, back))?;
+    ensure!(plane.port(front)?.rings.len() == 2, "{:?}", plane.port(front)?.rings);
+    plane.finish()
+}
+
 /// What a back end does instead of sending a frame back.
 #[derive(Clone, Copy, Debug)]
 enum Lie {
@@ -130,10 +210,14 @@ enum Lie {
     Index,
 }
 
+/// Descriptors of its rings at the most, unless something else is said.
+const RING_MAX: u16 = 1024;
+
 /// Sends every frame back where it came from, or lies.
 struct Echo {
     memory: Option<GuestMemoryAtomic<GuestMemoryMmap>>,
     lie: Arc<Mutex<Option<Lie>>>,
+    ring_max: u16,
 }
 
 impl Echo {
@@ -160,7 +244,7 @@ impl Echo {
         match self.lie.lock().unwrap().take() {
             Some(Lie::Twice) => rx.add_used(head, len).unwrap(),
             Some(Lie::Length) => len = 2049,
-            Some(Lie::Index) => rx.set_queue_next_used(rx.queue_used_idx().unwrap() + 1000),
+            Some(Lie::Index) => rx.set_queue_next_used(rx.queue_used_idx().unwrap() + 2 * RING_MAX),
             None => {}
         }
         rx.add_used(head, len).unwrap();
@@ -178,7 +262,7 @@ impl VhostUserBackendMut for Echo {
     }
 
     fn max_queue_size(&self) -> usize {
-        1024
+        self.ring_max.into()
     }
 
     fn features(&self) -> u64 {
@@ -214,7 +298,7 @@ impl VhostUserBackendMut for Echo {
 
 type Daemon = VhostUserDaemon<Arc<Mutex<Echo>>>;
 
-/// A back end that serves one front end after the other, until it is dropped, which is after the last one has gone.
+/// A back end that serves one front end after the other, until it is dropped.
 struct BackEnd {
     lie: Arc<Mutex<Option<Lie>>>,
     present: Arc<Mutex<Present>>,
@@ -228,30 +312,50 @@ struct Present {
     over: bool,
 }
 
+impl Present {
+    fn begins(&mut self, session: Option<ShutdownHandle>) {
+        self.session = session;
+        if self.over {
+            self.hang_up();
+        }
+    }
+
+    fn hang_up(&self) {
+        if let Some(session) = &self.session {
+            session.shutdown();
+        }
+    }
+}
+
 impl BackEnd {
     fn listen(path: &Path) -> Self {
+        Self::listen_with(path, RING_MAX)
+    }
+
+    fn listen_with(path: &Path, ring_max: u16) -> Self {
         let mut listener = Listener::new(path, false).unwrap();
-        Self::run(path, move |daemon| daemon.start(&mut listener))
+        Self::run(path, ring_max, move |daemon| daemon.start(&mut listener))
     }
 
     fn connect(path: &Path) -> Self {
         let there = path.to_str().unwrap().to_owned();
-        Self::run(path, move |daemon| daemon.start_client(&there))
+        Self::run(path, RING_MAX, move |daemon| daemon.start_client(&there))
     }
 
     fn run(
         path: &Path,
+        ring_max: u16,
         mut start: impl FnMut(&mut Daemon) -> vhost_user_backend::Result<()> + Send + 'static,
     ) -> Self {
         let (lie, present) = (Arc::<Mutex<Option<Lie>>>::default(), Arc::<Mutex<Present>>::default());
         let (to_tell, to_show) = (lie.clone(), present.clone());
         let thread = std::thread::spawn(move || {
             while !to_show.lock().unwrap().over {
-                let echo = Arc::new(Mutex::new(Echo { memory: None, lie: to_tell.clone() }));
+                let echo = Arc::new(Mutex::new(Echo { memory: None, lie: to_tell.clone(), ring_max }));
                 let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
                 let mut daemon = Daemon::new("echo".into(), echo, memory).unwrap();
                 if start(&mut daemon).is_ok() {
-                    to_show.lock().unwrap().session = daemon.shutdown_handle();
+                    to_show.lock().unwrap().begins(daemon.shutdown_handle());
                     let _ = daemon.wait();
                 } else {
                     // The front end is not there yet.
@@ -263,15 +367,17 @@ impl BackEnd {
     }
 
     fn hang_up(&self) {
-        if let Some(session) = &self.present.lock().unwrap().session {
-            session.shutdown();
-        }
+        self.present.lock().unwrap().hang_up();
     }
 }
 
 impl Drop for BackEnd {
     fn drop(&mut self) {
-        self.present.lock().unwrap().over = true;
+        {
+            let mut present = self.present.lock().unwrap();
+            present.over = true;
+            present.hang_up();
+        }
         // Perhaps it waits for the next one.
         drop(UnixStream::connect(&self.path));
         let _ = self.thread.take().unwrap().join();
@@ -335,6 +441,24 @@ fn a_back_end_of_another_make_that_listens_and_comes_back() -> Result<()> {
 #[test]
 fn a_back_end_of_another_make_that_connects_and_comes_back() -> Result<()> {
     comes_back_after_hanging_up(true)
+}
+
+#[test]
+fn a_back_end_that_refuses_long_rings_gets_short_ones() -> Result<()> {
+    let plane = Plane::start()?;
+    for (ring_max, size) in [(1024, 1024), (256, 256)] {
+        let path = plane.path(&format!("echo{ring_max}"));
+        let back = BackEnd::listen_with(&path, ring_max);
+        let front = front_end(&plane, "echo", Endpoint::connect(&path))?;
+        let mut peer = guest(&plane, &format!("a{ring_max}"), "echo")?;
+        until("the session", || linked(&plane, front))?;
+        (0..300).try_for_each(|sequence| comes_back(&mut peer, sequence))?;
+        let rings = plane.port(front)?.rings;
+        ensure!(rings.iter().all(|ring| ring.size == size), "{rings:?}");
+        plane.dataplane().remove_port(front);
+        drop((peer, back));
+    }
+    Ok(())
 }
 
 #[test]

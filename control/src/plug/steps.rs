@@ -180,7 +180,7 @@ impl Steps {
         }
         if let Some(endpoint) = endpoint {
             let link = if spec.is_front_end() {
-                Link::FrontEnd { endpoint }
+                Link::FrontEnd { endpoint, queue_pairs: spec.front_end_queues() }
             } else {
                 let (mac, queue_pairs) = (spec.mac.map(|mac| mac.0), spec.guest_queues());
                 Link::VhostUser { endpoint, mac, queue_pairs }

@@ -45,6 +45,17 @@ pub enum FrontEndError {
     Slow(std::time::Duration),
 }
 
+impl FrontEndError {
+    /// Whether the back end understood a request and will not do it.
+    pub fn is_refusal(&self) -> bool {
+        use vhost::vhost_user::Error::BackendInternalError;
+        matches!(
+            self,
+            Self::Refused(_) | Self::Protocol(vhost::Error::VhostUserProtocol(BackendInternalError))
+        )
+    }
+}
+
 type Result<T> = std::result::Result<T, FrontEndError>;
 
 /// Where a ring is, in this process's addresses, and how to go on with it.
