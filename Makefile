@@ -41,7 +41,7 @@ test:
 	tests/fuzz/run.sh 20
 
 nova:
-	tests/setup.sh build guest python nova
+	tests/setup.sh build guest ovs python nova
 	cargo build --workspace --bins
 	integrations/os-vif/check.sh newest
 	integrations/os-vif/check.sh 4.3.1

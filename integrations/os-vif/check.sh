@@ -5,7 +5,7 @@
 #   newest, VERSION   as pip installs it, in a virtual environment in target/os-vif, with that os-vif of PyPI
 #   nova              the same with PyPI's newest nova, and two guests that nova plugs and describes (setup.sh guest)
 #
-# They run against the daemon that cargo built, target/debug/vhostd, or $VHOSTD.
+# They run against the daemon that cargo built, target/debug/vhostd, or $VHOSTD, and a real Open vSwitch (setup.sh ovs).
 set -euo pipefail
 
 here=$(dirname "$(realpath "$0")")

@@ -23,7 +23,7 @@ from oslo_config import cfg
 
 VHOSTD = os.environ.get("VHOSTD", str(Path(__file__).parents[3] / "target/debug/vhostd"))
 
-#: The daemon's host: a network namespace, /sys that shows its links, and an empty /run, where no Open vSwitch is.
+#: The daemon's host: a network namespace, /sys that shows its links, and an empty /run, so that it finds no switch of ours.
 HOST = "mount -t sysfs sysfs /sys && mount -t tmpfs tmpfs /run && ip link set lo up && exec \"$@\""
 
 logging.getLogger("os_vif").addHandler(logging.NullHandler())
@@ -85,10 +85,13 @@ class Daemon:
 
     def links(self) -> set[str]:
         """Names of the host's links."""
-        enter = ["nsenter", "--target", str(self.process.pid), "--net"]
-        enter += [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
-        shown = subprocess.run([*enter, "ip", "-json", "link"], check=True, capture_output=True, text=True)
+        shown = subprocess.run([*self.on_host(), "ip", "-json", "link"], check=True, capture_output=True, text=True)
         return {link["ifname"] for link in json.loads(shown.stdout)}
+
+    def on_host(self) -> list[str]:
+        """What makes a command run on the daemon's host."""
+        enter = ["nsenter", "--target", str(self.process.pid), "--net", "--mount"]
+        return enter if os.geteuid() == 0 else [*enter, "--user", "--preserve-credentials"]
 
     def post(self, path: str, body: Any) -> tuple[int, Any]:
         """The API without the plugin: status and answer."""
@@ -100,6 +103,44 @@ class Daemon:
             answer = response.status, json.loads(response.read())
         connection.close()
         return answer
+
+
+class OpenVSwitch:
+    """A real one on the host of a daemon, whose bridges need no kernel module. Dies with the test."""
+
+    DIR = "/run/openvswitch"
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.daemon = daemon
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.run("mkdir", self.DIR)
+        self.run("ovsdb-tool", "create", f"{self.DIR}/conf.db", "/usr/share/openvswitch/vswitch.ovsschema")
+        self.spawn("ovsdb-server", "-vfile:off", f"--remote=punix:{self.DIR}/db.sock", f"{self.DIR}/conf.db")
+        self.vsctl("--no-wait", "--retry", "init")
+        # The datapath "system" is that of the kernel, whose part this plays.
+        self.spawn("/usr/lib/openvswitch-switch/ovs-vswitchd", "-vfile:off", "--enable-dummy=system", f"unix:{self.DIR}/db.sock")
+        self.vsctl("add-br", "br-int", "--", "set", "Bridge", "br-int", "datapath_type=netdev")
+
+    def vsctl(self, *arguments: str) -> list[str]:
+        """Lines that ovs-vsctl prints."""
+        return self.run("ovs-vsctl", f"--db=unix:{self.DIR}/db.sock", "--timeout=30", *arguments).splitlines()
+
+    def bridges(self) -> dict[str, list[str]]:
+        """Ports by bridge."""
+        return {bridge: self.vsctl("list-ports", bridge) for bridge in self.vsctl("list-br")}
+
+    def run(self, *command: str) -> str:
+        return subprocess.run([*self.daemon.on_host(), *command], check=True, capture_output=True, text=True).stdout
+
+    def spawn(self, *command: str) -> None:
+        tied = ["setpriv", "--pdeathsig", "KILL", "--", *self.daemon.on_host()]
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.processes.append(subprocess.Popen([*tied, *command], **quiet))
+
+    def close(self) -> None:
+        for process in reversed(self.processes):
+            process.kill()
+            process.wait()
 
 
 class DaemonCase(unittest.TestCase):

@@ -34,6 +34,16 @@ class Absent(DaemonCase):
             os_vif.unplug(self.vif(), instance())
         self.assertLess(time.monotonic() - start, 2)
 
+    def test_what_cannot_be_a_socket_is_said_at_once(self):
+        for path, why in (("/" + 108 * "x", "path too long"), ("/etc/passwd/api.sock", "Not a directory")):
+            self.configure(api_socket=path)
+            start = time.monotonic()
+            with self.assertRaises(vif_exc.PlugException) as caught:
+                os_vif.plug(self.vif(), instance())
+            self.assertLess(time.monotonic() - start, 1)
+            self.assertIn(f"{path} is not vhostd's API", str(caught.exception))
+            self.assertIn(why, str(caught.exception))
+
     def test_a_restart_in_between_is_not_noticed(self):
         vif = self.vif()
         self.daemon.kill()
@@ -150,7 +160,7 @@ class Stranger(DaemonCase):
         ):
             with self.subTest(answer=answer[:80]):
                 self.answer(answer)
-                self.refused("is not vhostd")
+                self.refused("is not vhostd's API")
 
     def test_a_status_without_a_problem_is_an_error(self):
         for head in (b"HTTP/1.1 500 Oops", b"HTTP/1.1 200 OK", b"HTTP/1.1 302 Found"):

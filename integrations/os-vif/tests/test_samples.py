@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import os_vif
-from bench import DaemonCase, instance
+from bench import DaemonCase, OpenVSwitch, instance
 from os_vif import exception as vif_exc
 from os_vif import objects
 from oslo_versionedobjects.exception import IncompatibleObjectVersion
@@ -21,6 +21,14 @@ def samples():
 
 
 class Samples(DaemonCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.switch = OpenVSwitch(cls.daemon)
+        cls.addClassCleanup(cls.switch.close)
+        cls.bridges = cls.switch.bridges()
+        cls.links = cls.daemon.links()
+
     def test_each_is_plugged_or_refused_in_the_daemons_words(self):
         outcomes = {"plugged": [], "refused": [], "newer than this os-vif": []}
         for name, primitive in samples():
@@ -51,6 +59,7 @@ class Samples(DaemonCase):
         os_vif.unplug(vif, instance())
         self.assertEqual(self.daemon.plugs(), {})
         self.assertEqual(self.daemon.links(), self.links)
+        self.assertEqual(self.switch.bridges(), self.bridges)
         return "plugged"
 
 

@@ -136,6 +136,18 @@ class Many(DaemonCase):
     def test_32_at_once(self):
         self.plug_all_at_once()
 
+    def test_plugs_and_unplugs_of_one_port_race(self):
+        profile = vif_obj.VIFPortProfileFPTap()
+        vif = self.vif(vif_name="tap0", port_profile=profile)
+
+        def again_and_again(act):
+            for _ in range(25):
+                act(vif, instance())
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(again_and_again, [os_vif.plug, os_vif.unplug] * 2))
+        os_vif.unplug(vif, instance())
+
     @unittest.skipUnless(os.geteuid() == 0, "only root can become somebody else")
     def test_32_at_once_as_an_ordinary_user(self):
         os_vif.unplug(self.vif(), instance())

@@ -87,7 +87,7 @@ class Client:
         except (FileNotFoundError, ConnectionError, BlockingIOError, http.client.IncompleteRead) as error:
             raise _Absent from error
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-            raise ApiError(f"what answers on {self.path} is not vhostd: {error!r}") from error
+            raise ApiError(f"{self.path} is not vhostd's API: {error!r}") from error
         finally:
             connection.close()
 
