@@ -107,9 +107,9 @@ pub(crate) struct DeviceRing<L> {
     pub(crate) next: u16,
     /// Available index as last seen (split ring).
     seen: u16,
-    /// Position of the next used element to write.
-    pub(crate) used: u16,
-    /// The element at `used` while others behind it are there: (id, length). See [`Layout::FIRST_LAST`].
+    /// By how much used elements are ahead of the chains that they return: 0 in a packed ring.
+    ahead: u16,
+    /// The element of the chain at `next` while others behind it are there: (id, length). See [`Layout::FIRST_LAST`].
     pub(crate) first_used: (u16, u32),
     /// Bytes of virtio-net header in this ring: 12, or 10 (legacy without MRG_RXBUF).
     pub(crate) header_len: u32,
@@ -126,7 +126,7 @@ pub(crate) struct DeviceRing<L> {
 impl<L: Layout> DeviceRing<L> {
     fn start(setup: RingSetup, memory: &Arc<GuestMemory>) -> Result<Self, RingError> {
         let layout = L::new(&setup, memory)?;
-        let [next, used] = layout.start(setup.base)?;
+        let [next, ahead] = layout.start(setup.base)?;
         let has = |bit: u32| setup.features & (1 << bit) != 0;
         let mergeable = has(features::MRG_RXBUF);
         let ring = Self {
@@ -135,7 +135,7 @@ impl<L: Layout> DeviceRing<L> {
             window: Window::EMPTY,
             next,
             seen: next,
-            used,
+            ahead,
             first_used: (0, 0),
             header_len: if mergeable || has(features::VERSION_1) { 12 } else { 10 },
             mergeable,
@@ -187,6 +187,12 @@ impl<L: Layout> DeviceRing<L> {
         self.layout.first(at)
     }
 
+    /// By how much used elements are ahead of the chains that they return.
+    #[inline]
+    pub(crate) fn ahead(&self) -> u16 {
+        self.ahead
+    }
+
     /// The region to look into.
     #[inline]
     pub(crate) fn window(&self) -> Window {
@@ -201,22 +207,21 @@ impl<L: Layout> DeviceRing<L> {
         found.is_some()
     }
 
-    /// Writes the used element at `at`; visible with the next [`Self::publish`].
+    /// Returns the chain at `at`; visible with the next [`Self::publish`].
     #[inline]
     pub(crate) fn set_used(&mut self, at: u16, id: u16, len: u32) {
-        if L::FIRST_LAST && at == self.used {
+        if L::FIRST_LAST && at == self.next {
             self.first_used = (id, len);
         } else {
-            self.layout.set_used(at, id, len);
+            self.layout.set_used(at.wrapping_add(self.ahead), id, len);
         }
     }
 
-    /// Everything up to `next` is taken, and used elements are written up to `used`: makes them visible, and tells
-    /// whether the driver wants to hear of it.
+    /// Every chain up to `next` is returned: makes that visible, and tells whether the driver wants to hear of it.
     #[inline]
-    pub(crate) fn publish(&mut self, next: u16, used: u16) -> bool {
-        let old = std::mem::replace(&mut self.used, used);
-        self.next = next;
+    pub(crate) fn publish(&mut self, next: u16) -> bool {
+        let old = std::mem::replace(&mut self.next, next).wrapping_add(self.ahead);
+        let used = next.wrapping_add(self.ahead);
         self.layout.publish(old, used, self.first_used);
         self.setup.call.is_some() && notify::wanted(&self.layout.calls(self.event_idx), old, used)
     }

@@ -1,13 +1,13 @@
 //! What a device does with a ring, whichever of the two layouts it has: [`crate::split`] or [`crate::packed`].
 //!
-//! A device goes through a ring with two *positions*: where the next chain is taken, and where the next used one is
-//! written. Chains occupy *slots*: one each in a split ring, one a descriptor in a packed one. All code of bursts is
+//! A device goes through a ring with a *position*: where the next chain is taken. Its used element is written at the same
+//! position of a packed ring, and at one that is always so much ahead in a split one. Chains occupy *slots*: one each in a split ring, one a descriptor in a packed one. All code of bursts is
 //! generic over [`Layout`] and compiled once for each, so that a frame never asks which one it is.
 
 use std::sync::Arc;
 
 use crate::RingError;
-use crate::descriptor::Descriptor;
+use crate::descriptor::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor};
 use crate::device::RingFault;
 use crate::memory::GuestMemory;
 use crate::notify::Words;
@@ -22,10 +22,12 @@ pub(crate) trait Layout: Copy + Send {
     fn new(setup: &RingSetup, memory: &Arc<GuestMemory>) -> Result<Self, RingError>;
     /// Number of descriptors.
     fn size(&self) -> u16;
-    /// Positions to begin at: of the next chain, of the next used element.
+    /// Position to begin at, and by how much used elements are ahead of the chains that they return: 0 in a packed ring.
     fn start(&self, base: u32) -> Result<[u16; 2], RingError>;
     /// What GET_VRING_BASE answers for a position where nothing is outstanding.
     fn base(next: u16) -> u32;
+    /// The position one slot on.
+    fn after(&self, at: u16) -> u16;
     /// The position so many slots on.
     fn advance(&self, at: u16, slots: u16) -> u16;
     /// How many chains may be looked for from `next` on, at least `wanted` if that many are there. `seen` is what was
@@ -37,13 +39,16 @@ pub(crate) trait Layout: Copy + Send {
     fn prefetch(&self, at: u16, count: u16);
     /// The id and first descriptor of the chain at `at`, which was found available; `None` if it is not there after all.
     fn first(&self, at: u16) -> Result<Option<(u16, Descriptor)>, RingFault>;
+    /// The same of a chain that is one buffer with exactly `flags`, of [`SINGLE`]: `None` if it is anything else, which
+    /// [`Self::first`] then tells.
+    fn single(&self, at: u16, flags: u16) -> Option<(u16, Descriptor)>;
     /// Moves on to the next descriptor of a chain in the ring. False if it names none.
     fn follow(&self, chain: &mut Chain) -> bool;
     /// Finds the end of a chain that was given up.
     fn end(&self, chain: &mut Chain);
     /// Entry `index` of an indirect table of `entries`, from its two words. It has NEXT if another one follows.
     fn table_entry(words: [u64; 2], index: u16, entries: u16) -> Descriptor;
-    /// Writes a used element.
+    /// Writes the used element at a position.
     fn set_used(&self, at: u16, id: u16, len: u32);
     /// Makes the used elements from `old` up to before `new` visible; `first` is the one at `old`: (id, length).
     fn publish(&self, old: u16, new: u16, first: (u16, u32));
@@ -52,6 +57,9 @@ pub(crate) trait Layout: Copy + Send {
     /// The device tells the driver.
     fn calls(&self, event_idx: bool) -> impl Words;
 }
+
+/// The flags that tell a single buffer from other chains.
+pub(crate) const SINGLE: u16 = DESC_NEXT | DESC_WRITE | DESC_INDIRECT;
 
 /// A chain that is being walked.
 #[derive(Clone, Copy)]

@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use crate::descriptor::{DESC_NEXT, DESC_WRITE, Descriptor};
 use crate::device::RingFault;
-use crate::layout::{Chain, Layout, translate_areas};
+use crate::layout::{Chain, Layout, SINGLE, translate_areas};
 use crate::memory::GuestMemory;
 use crate::notify::Words;
 use crate::setup::RingSetup;
@@ -173,9 +173,39 @@ impl PackedRing {
         self.lines(at, count).for_each(crate::copy::prefetch_to_write);
     }
 
+    /// Offers again what the device has used from `at` on, at most a whole lap; returns how many descriptors that were.
+    /// All of them are single buffers that have their descriptor's number as id, and their places in the ring: `filled` has
+    /// the word of each, without whose it is. A used element whose id is ahead stands for those before it, too (IN_ORDER).
+    #[inline]
+    pub(crate) fn offer_again(&self, at: u16, filled: &[u64]) -> u16 {
+        let begin = at & !WRAP;
+        let (mut count, mut ahead) = (0, 0);
+        for (lap, part) in [(at & WRAP, begin..self.size), (!at & WRAP, 0..begin)] {
+            let used = u64::from(used_flags(lap));
+            let mine = (u64::from(available_flags(!lap)) << 48).to_le();
+            let words = &filled[usize::from(part.start)..usize::from(part.end)];
+            for (index, word) in part.zip(words) {
+                if ahead == 0 {
+                    let rest = u64::from_le(self.rest(index));
+                    if (rest >> 48) & u64::from(DESC_AVAIL | DESC_USED) != used {
+                        return count;
+                    }
+                    #[allow(clippy::cast_possible_truncation)]
+                    let id = (rest >> 32) as u16;
+                    ahead = id.wrapping_sub(index).min(id.wrapping_sub(index).wrapping_add(self.size));
+                } else {
+                    ahead -= 1;
+                }
+                self.set_rest(index, word | mine, Ordering::Release);
+                count += 1;
+            }
+        }
+        count
+    }
+
     fn used_word(at: u16, id: u16, len: u32) -> u64 {
         // Virtio 1.2, 2.8.4: WRITE tells that the length means something.
-        let write = if len == 0 { 0 } else { DESC_WRITE };
+        let write = u16::from(len != 0) * DESC_WRITE;
         Descriptor { addr: 0, len, flags: used_flags(at) | write, next: id }.to_packed()[1]
     }
 
@@ -268,11 +298,18 @@ impl Layout for PackedRing {
     fn start(&self, base: u32) -> Result<[u16; 2], RingError> {
         #[allow(clippy::cast_possible_truncation)]
         let next = base as u16;
-        if self.contains(next) { Ok([next, next]) } else { Err(RingError::Base(base)) }
+        if self.contains(next) { Ok([next, 0]) } else { Err(RingError::Base(base)) }
     }
 
     fn base(next: u16) -> u32 {
         u32::from(next) | u32::from(next) << 16
+    }
+
+    #[inline]
+    fn after(&self, at: u16) -> u16 {
+        // Behind index 32767 the carry flips the wrap counter.
+        let next = at.wrapping_add(1);
+        if next & !WRAP == self.size { !at & WRAP } else { next }
     }
 
     #[inline]
@@ -294,7 +331,7 @@ impl Layout for PackedRing {
 
     #[inline]
     fn prefetch(&self, at: u16, count: u16) {
-        self.lines(at, count).for_each(crate::copy::prefetch);
+        self.lines(at, count).for_each(crate::copy::prefetch_to_write);
     }
 
     #[inline]
@@ -308,6 +345,14 @@ impl Layout for PackedRing {
             return Err(RingFault::Head { entry: descriptor.next, size: self.size });
         }
         Ok(Some((descriptor.next, descriptor)))
+    }
+
+    #[inline]
+    fn single(&self, at: u16, flags: u16) -> Option<(u16, Descriptor)> {
+        let descriptor = self.descriptor(at);
+        let wanted = available_flags(at) | flags;
+        let is_single = descriptor.flags & (DESC_AVAIL | DESC_USED | SINGLE) == wanted;
+        (is_single && descriptor.next < self.size).then_some((descriptor.next, descriptor))
     }
 
     /// A chain is descriptors one behind the other, and its id is in the last one (virtio 1.2, 2.8.6). The driver makes

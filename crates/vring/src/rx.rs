@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::RingError;
 use crate::burst::{BURST_MAX, Burst, ChainFault, HEAD_LEN, HEADER_BYTES, HEADER_LEN, Piece};
 use crate::copy::{copy, prefetch, prefetch_to_write, wide_registers};
-use crate::descriptor::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE};
+use crate::descriptor::DESC_WRITE;
 use crate::device::{AnyRing, DeviceRing, RingFault, either, ring_handle};
 use crate::layout::Layout;
 use crate::memory::GuestMemory;
@@ -78,13 +78,6 @@ enum Refused {
     Chain(ChainFault),
 }
 
-/// Positions in the ring as a burst goes on: of the next buffer, of the next used element.
-#[derive(Clone, Copy)]
-struct Cursor {
-    next: u16,
-    used: u16,
-}
-
 impl RxRing {
     /// Starts a ring at the position that the set-up names.
     pub fn start(setup: RingSetup, memory: &Arc<GuestMemory>) -> Result<Self, RingError> {
@@ -125,49 +118,44 @@ fn enqueue<L: Layout>(
     select: u64,
 ) -> Result<Enqueued, RingFault> {
     let mut result = Enqueued::default();
-    let mut run = Run {
-        at: Cursor { next: ring.next, used: ring.used },
-        left: select & burst.valid(),
-        placed: 0,
-        lengths: 0,
-        bytes: 0,
-    };
+    let mut run = Run { at: ring.next, left: select & burst.valid(), placed: 0, lengths: 0, bytes: 0 };
     ring.begin_burst();
     #[allow(clippy::cast_possible_truncation)]
     let wanted = run.left.count_ones() as u16;
     let available = ring.available(wanted)?.min(wanted);
     ring.layout.prefetch(ring.next, available);
-    place_singles(ring, scratch, burst, &mut run)?;
+    place_singles(ring, scratch, burst, &mut run);
     // What did not end there is not simply one buffer a frame, in one region.
     let mut looked = None;
     while run.left != 0 {
-        let Some((_, descriptor)) = ring.chain(run.at.next)? else {
+        let Some((_, descriptor)) = ring.chain(run.at)? else {
             result.full += run.left.count_ones();
             break;
         };
         // Perhaps the buffer only lies in another region, or was not known to be available.
-        if looked.replace(run.at.next) != Some(run.at.next) {
+        if looked.replace(run.at) != Some(run.at) {
             ring.look_at(descriptor.addr);
-            place_singles(ring, scratch, burst, &mut run)?;
+            place_singles(ring, scratch, burst, &mut run);
             continue;
         }
         let frame = take_first(&mut run.left);
         run.at = place_frame(ring, scratch, burst, frame, run.at, &mut result)?;
-        place_singles(ring, scratch, burst, &mut run)?;
+        place_singles(ring, scratch, burst, &mut run);
     }
     copy_singles(burst, &scratch.targets, &run, ring.header_len);
     ring.check_memory()?;
     result.frames += run.placed.count_ones();
     result.bytes += run.bytes;
-    if run.at.used != ring.used {
-        result.call = ring.publish(run.at.next, run.at.used);
+    if run.at != ring.next {
+        result.call = ring.publish(run.at);
     }
     Ok(result)
 }
 
 /// A burst's way into buffers.
 struct Run {
-    at: Cursor,
+    /// Position of the next buffer.
+    at: u16,
     /// Frames without a buffer yet.
     left: u64,
     /// Frames that have one buffer each, and where that is: to be copied when all have theirs, so that the lines are on
@@ -186,39 +174,34 @@ fn place_singles<L: Layout>(
     scratch: &mut Scratch,
     burst: &Burst<'_>,
     run: &mut Run,
-) -> Result<(), RingFault> {
+) {
     // Copies of our own, so that the compiler need not ask whether a guest's memory is ours.
     let (layout, window, shorter) = (ring.layout, ring.window(), HEADER_BYTES - ring.header_len);
-    let header_len = ring.header_len;
+    let (header_len, first, ahead) = (ring.header_len, ring.next, ring.ahead());
     let (places, targets) = (burst.places(), &mut *scratch.targets);
-    let first_used = ring.used;
     let (mut at, mut left, mut lengths, mut bytes) = (run.at, run.left, run.lengths, 0u64);
-    let mut known = ring.known(at.next);
-    while left != 0 && known != 0 {
-        let Some((id, descriptor)) = layout.first(at.next)? else { break };
-        known -= 1;
+    for _ in 0..left.count_ones().min(ring.known(at).into()) {
+        let Some((id, descriptor)) = layout.single(at, DESC_WRITE) else { break };
         let frame = left.trailing_zeros() as usize % BURST_MAX;
         let len = places[frame].len.wrapping_sub(shorter);
-        let single = descriptor.flags & (DESC_NEXT | DESC_INDIRECT | DESC_WRITE) == DESC_WRITE;
-        let fits = single && descriptor.len >= len;
+        let fits = descriptor.len >= len;
         let Some((start, _)) = window.translate(descriptor.addr, len.into()).filter(|_| fits) else { break };
         prefetch(start);
         prefetch(start.wrapping_add(64));
         targets[frame] = start;
         left &= left.wrapping_sub(1);
-        if L::FIRST_LAST && at.used == first_used {
+        if L::FIRST_LAST && at == first {
             ring.first_used = (id, len);
         } else {
-            layout.set_used(at.used, id, len);
+            layout.set_used(at.wrapping_add(ahead), id, len);
         }
-        at = Cursor { next: layout.advance(at.next, 1), used: layout.advance(at.used, 1) };
+        at = layout.after(at);
         lengths |= len;
         bytes = bytes.wrapping_add(len.wrapping_sub(header_len).into());
     }
     run.placed |= run.left & !left;
     run.bytes += bytes;
     (run.at, run.left, run.lengths) = (at, left, lengths);
-    Ok(())
 }
 
 /// Writes the frames that have one buffer each.
@@ -287,11 +270,11 @@ fn place_frame<L: Layout>(
     scratch: &mut Scratch,
     burst: &Burst<'_>,
     frame: usize,
-    at: Cursor,
+    at: u16,
     result: &mut Enqueued,
-) -> Result<Cursor, RingFault> {
+) -> Result<u16, RingFault> {
     let len = burst.total_len(frame) - (HEADER_BYTES - ring.header_len);
-    let placed = collect_buffers(ring, scratch, len, at.next)?;
+    let placed = collect_buffers(ring, scratch, len, at)?;
     match placed {
         Placed::Whole => {
             scatter(scratch, burst, frame, ring.header_len);
@@ -309,9 +292,8 @@ fn place_frame<L: Layout>(
     let whole = matches!(placed, Placed::Whole);
     let mut at = at;
     for &(id, slots, bytes) in &scratch.buffers {
-        ring.set_used(at.used, id, if whole { bytes } else { 0 });
-        let [next, used] = [at.next, at.used].map(|at| ring.layout.advance(at, slots));
-        at = Cursor { next, used };
+        ring.set_used(at, id, if whole { bytes } else { 0 });
+        at = ring.layout.advance(at, slots);
     }
     Ok(at)
 }

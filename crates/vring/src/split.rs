@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
 
 use crate::descriptor::Descriptor;
 use crate::device::RingFault;
-use crate::layout::{Chain, Layout, translate_areas};
+use crate::layout::{Chain, Layout, SINGLE, translate_areas};
 use crate::memory::GuestMemory;
 use crate::notify::{Words, passed};
 use crate::setup::RingSetup;
@@ -254,11 +254,16 @@ impl Layout for SplitRing {
     fn start(&self, base: u32) -> Result<[u16; 2], RingError> {
         let next = u16::try_from(base).map_err(|_| RingError::Base(base))?;
         // The one time that the used index is read back: it is where the driver expects us to go on.
-        Ok([next, self.calls(false).index()])
+        Ok([next, self.calls(false).index().wrapping_sub(next)])
     }
 
     fn base(next: u16) -> u32 {
         next.into()
+    }
+
+    #[inline]
+    fn after(&self, at: u16) -> u16 {
+        at.wrapping_add(1)
     }
 
     #[inline]
@@ -306,6 +311,13 @@ impl Layout for SplitRing {
             Some(descriptor) => Ok(Some((head, descriptor))),
             None => Err(RingFault::Head { entry: head, size: self.size }),
         }
+    }
+
+    #[inline]
+    fn single(&self, at: u16, flags: u16) -> Option<(u16, Descriptor)> {
+        let head = self.avail_entry(at);
+        let descriptor = self.descriptor(head).filter(|descriptor| descriptor.flags & SINGLE == flags)?;
+        Some((head, descriptor))
     }
 
     fn follow(&self, chain: &mut Chain) -> bool {

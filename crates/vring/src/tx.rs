@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::RingError;
 use crate::burst::{BURST, Burst, ChainFault, FRAME_LEN_MAX, Frames, HEAD_LEN, HEADER_BYTES, Piece, Taken};
 use crate::copy::{prefetch, wide_registers};
-use crate::descriptor::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor};
+use crate::descriptor::Descriptor;
 use crate::device::{AnyRing, DeviceRing, RingFault, either, ring_handle};
 use crate::layout::Layout;
 use crate::memory::GuestMemory;
@@ -142,23 +142,20 @@ fn fetch_singles<'p, L: Layout>(
     let mut run = Run { fetched: 0, odd: None };
     let simple = ring.header_len == HEADER_BYTES;
     for (place, taken) in places {
-        let Some((id, descriptor)) = layout.first(*at)? else { break };
-        let Descriptor { addr, len, flags, .. } = descriptor;
-        let single = flags & (DESC_NEXT | DESC_WRITE | DESC_INDIRECT) == 0;
-        // Where a head can be read whatever the frame's length.
-        let room = u64::from(len).max(HEAD_LEN as u64);
-        let Some((start, _)) = window
-            .translate(addr, room)
-            .filter(|_| simple && single && len.wrapping_sub(shortest) <= FRAME_LEN_MAX - 14)
-        else {
-            run.odd = Some((id, descriptor));
+        let found = layout.single(*at, 0).and_then(|(id, Descriptor { addr, len, .. })| {
+            // Where a head can be read whatever the frame's length.
+            let (start, _) = window.translate(addr, u64::from(len).max(HEAD_LEN as u64))?;
+            (simple && len.wrapping_sub(shortest) <= FRAME_LEN_MAX - 14).then_some((id, start, len))
+        });
+        let Some((id, start, len)) = found else {
+            run.odd = layout.first(*at)?;
             break;
         };
         prefetch(start);
         prefetch(start.wrapping_add(64));
         *place = Piece { at: start, len };
         *taken = Taken { id, slots: 1 };
-        *at = layout.advance(*at, 1);
+        *at = layout.after(*at);
         run.fetched = run.fetched.wrapping_add(1);
     }
     Ok(run)
@@ -210,16 +207,15 @@ impl TxBurst<'_> {
 /// Nothing was written into a TX buffer, so its length is 0 (virtio 1.2, 2.7.8).
 #[inline]
 fn complete<L: Layout>(ring: &mut DeviceRing<L>, taken: &[Taken], next: u16) -> bool {
-    let mut used = ring.used;
     if let (true, Some(last)) = (ring.in_order, taken.last()) {
         // The last one stands for all before it (virtio 1.2, 2.7.9 and 2.8.8).
-        ring.set_used(used, last.id, 0);
-        used = taken.iter().fold(used, |at, taken| ring.layout.advance(at, taken.slots));
+        ring.set_used(ring.next, last.id, 0);
     } else {
+        let mut at = ring.next;
         for &Taken { id, slots } in taken {
-            ring.set_used(used, id, 0);
-            used = ring.layout.advance(used, slots);
+            ring.set_used(at, id, 0);
+            at = ring.layout.advance(at, slots);
         }
     }
-    ring.publish(next, used)
+    ring.publish(next)
 }
