@@ -34,6 +34,7 @@ impl Device for LimitPort {
             features: 1 << features::VERSION_1
                 | 1 << features::MRG_RXBUF
                 | 1 << features::IN_ORDER
+                | 1 << features::RING_PACKED
                 | 1 << features::PROTOCOL_FEATURES,
             // MQ, REPLY_ACK.
             protocol_features: 1 << 0 | 1 << 3,
@@ -68,7 +69,7 @@ impl Device for LimitPort {
     }
 
     fn stop_ring(&mut self, index: u16) -> Option<u32> {
-        self.slot(index).take().map(|ring| ring.base().into())
+        self.slot(index).take().map(|ring| ring.base())
     }
 
     fn enable_ring(&mut self, _: u16, _: bool) {}

@@ -78,7 +78,7 @@ impl Part {
         match self {
             Self::Lengths => "frame length, bytes",
             Self::NotMergeable => "frame length, bytes, no mergeable buffers",
-            Self::Packed => "frame length, bytes, packed rings (limit: split)",
+            Self::Packed => "frame length, bytes, packed rings",
             Self::Ports => "ports of a network, 64 B",
             Self::Stations => "addresses seen, 64 B",
         }
@@ -201,12 +201,12 @@ fn wanted(kind: Kind, asked: &[Kind]) -> bool {
 }
 
 /// What the front ends of a case take, if offered.
-fn config(part: Part, kind: Kind) -> LightConfig {
+fn config(part: Part) -> LightConfig {
     let mut config = LightConfig::default();
     if part == Part::NotMergeable {
         config.features &= !(1 << features::MRG_RXBUF);
     }
-    if part == Part::Packed && kind != Kind::Limit {
+    if part == Part::Packed {
         config.features |= 1 << features::RING_PACKED;
     }
     config
@@ -241,7 +241,7 @@ fn measure(case: &Case, kinds: &[Kind], args: &Args, huge_pages: bool) -> Result
 /// Millions of frames a second through a back end of its own, and whether other programs took part in that.
 fn rate(kind: Kind, shape: &Shape, case: &Case, time: Duration) -> Result<(f64, bool)> {
     let mut backend = Backend::start(kind, shape)?;
-    let mut guests = Guests::connect(&backend.sockets(), &config(case.part, kind), &case.traffic)?;
+    let mut guests = Guests::connect(&backend.sockets(), &config(case.part), &case.traffic)?;
     guests.warm_up(case.warm_up())?;
     let (rate, disturbed) = guests.undisturbed_rate(&mut backend, time)?;
     Ok((rate / 1e6, disturbed))

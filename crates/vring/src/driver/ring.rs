@@ -374,23 +374,13 @@ impl DriverRing {
                 count
             }
             Words::Packed(ring) => {
-                let mut count = 0;
-                // Ids are the numbers of the descriptors, so an element says how far it stands for others before it.
-                let mut last = None;
-                if ring.is_used(self.used) {
-                    ring.prefetch_to_write(self.used, RECYCLE_AHEAD);
+                if !ring.is_used(self.used) {
+                    return 0;
                 }
-                while count < ring.size() && (last.is_some() || ring.is_used(self.used)) {
-                    let id = last.unwrap_or_else(|| ring.descriptor(self.used).next);
-                    let index = self.avail & !WRAP;
-                    last = (id != index).then_some(id);
-                    let flags = u64::from(available_flags(self.avail)) << 48;
-                    let rest = self.filled[usize::from(index)] | flags.to_le();
-                    ring.set_rest(self.avail, rest, Ordering::Release);
-                    self.used = ring.advance(self.used, 1);
-                    self.avail = ring.advance(self.avail, 1);
-                    count += 1;
-                }
+                ring.prefetch_to_write(self.used, RECYCLE_AHEAD);
+                let count = ring.offer_again(self.used, &self.filled);
+                self.used = ring.advance(self.used, count);
+                self.avail = ring.advance(self.avail, count);
                 self.published = self.avail;
                 count
             }
