@@ -14,8 +14,9 @@ import time
 import traceback
 import unittest
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import os_vif
 from os_vif import objects
@@ -23,8 +24,8 @@ from oslo_config import cfg
 
 VHOSTD = os.environ.get("VHOSTD", str(Path(__file__).parents[3] / "target/debug/vhostd"))
 
-#: The daemon's host: a network namespace, /sys that shows its links, and an empty /run, so that it finds no switch of ours.
-HOST = "mount -t sysfs sysfs /sys && mount -t tmpfs tmpfs /run && ip link set lo up && exec \"$@\""
+#: The daemon's host: a network namespace, /sys that shows its links, and an empty /run, where no switch of ours is.
+HOST = 'mount -t sysfs sysfs /sys && mount -t tmpfs tmpfs /run && ip link set lo up && exec "$@"'
 
 logging.getLogger("os_vif").addHandler(logging.NullHandler())
 logging.getLogger("os_vif").propagate = False
@@ -47,7 +48,7 @@ class Daemon:
 
     def start(self) -> None:
         unshare = ["unshare", "--net", "--mount"] + ([] if os.geteuid() == 0 else ["--user", "--map-root-user"])
-        serve = [VHOSTD, "--api", self.api, "serve", "--config", str(self.config), "--state-dir", str(self.dir / "state")]
+        serve = [VHOSTD, "--api", self.api, "serve", "--config", self.config, "--state-dir", self.dir / "state"]
         tied = ["setpriv", "--pdeathsig", "KILL", "--"]
         with open(self.dir / "log", "ab") as log:
             self.process = subprocess.Popen([*tied, *unshare, "sh", "-c", HOST, "sh", *serve], stdout=log, stderr=log)
@@ -65,8 +66,9 @@ class Daemon:
 
     def freeze(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
-        tasks = Path(f"/proc/{self.process.pid}/task")
-        wait_for("vhostd to stop", lambda: all("\nState:\tT" in (task / "status").read_text() for task in tasks.iterdir()))
+        threads = Path(f"/proc/{self.process.pid}/task")
+        stopped = lambda thread: "\nState:\tT" in (thread / "status").read_text()  # noqa: E731
+        wait_for("vhostd to stop", lambda: all(map(stopped, threads.iterdir())))
 
     def thaw(self) -> None:
         self.process.send_signal(signal.SIGCONT)
@@ -118,7 +120,12 @@ class OpenVSwitch:
         self.spawn("ovsdb-server", "-vfile:off", f"--remote=punix:{self.DIR}/db.sock", f"{self.DIR}/conf.db")
         self.vsctl("--no-wait", "--retry", "init")
         # The datapath "system" is that of the kernel, whose part this plays.
-        self.spawn("/usr/lib/openvswitch-switch/ovs-vswitchd", "-vfile:off", "--enable-dummy=system", f"unix:{self.DIR}/db.sock")
+        self.spawn(
+            "/usr/lib/openvswitch-switch/ovs-vswitchd",
+            "-vfile:off",
+            "--enable-dummy=system",
+            f"unix:{self.DIR}/db.sock",
+        )
         self.vsctl("add-br", "br-int", "--", "set", "Bridge", "br-int", "datapath_type=netdev")
 
     def vsctl(self, *arguments: str) -> list[str]:

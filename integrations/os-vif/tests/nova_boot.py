@@ -1,4 +1,4 @@
-"""Two guests as nova plugs and describes them: Neutron's binding -> nova -> os-vif -> vhostd, and libvirt's XML -> QEMU."""
+"""Two guests as nova plugs and describes them: from Neutron's binding to vhostd, from libvirt's XML to QEMU."""
 
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +24,13 @@ SUBNET = {
     "dns_nameservers": [],
     "host_routes": [],
 }
-FLAVOR = {"memory_mb": 256, "vcpus": 2, "root_gb": 0, "ephemeral_gb": 0, "extra_specs": {"hw:vif_multiqueue_enabled": "true"}}
+FLAVOR = {
+    "memory_mb": 256,
+    "vcpus": 2,
+    "root_gb": 0,
+    "ephemeral_gb": 0,
+    "extra_specs": {"hw:vif_multiqueue_enabled": "true"},
+}
 
 
 class Neutron:

@@ -16,7 +16,6 @@ from pathlib import Path
 import os_vif
 from bench import DaemonCase, as_nobody, instance
 from os_vif import exception as vif_exc
-from os_vif import objects
 from os_vif.objects import fields
 from os_vif.objects import instance_info as os_instance_info
 from os_vif.objects import network as os_network
@@ -108,7 +107,7 @@ class Plugging(DaemonCase):
         os_vif.unplug(vif, instance())
 
     def test_the_guest_can_be_waited_for(self):
-        self.configure(wait="linked", timeout=1)
+        self.configure(wait="linked", timeout=2)
         vif = self.vif()
         with self.assertRaises(vif_exc.PlugException) as caught:
             os_vif.plug(vif, instance())

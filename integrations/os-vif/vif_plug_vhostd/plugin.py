@@ -37,7 +37,7 @@ class VhostUserPlugin(plugin.PluginBase):
         cfg.FloatOpt(
             "timeout",
             default=30,
-            min=1,
+            min=0.1,
             max=600,
             help="Seconds after which a plug or unplug without an answer has failed. If vhostd is not there, that is "
             "said after three seconds.",
