@@ -218,12 +218,14 @@ impl Row for QueueMove {
 }
 
 impl Row for Worker {
-    const TITLES: &'static str = "[WORKER]  [CPU]  [TURNS]  [BUSY]  [FRAMES]  [PER BURST]  [CYCLES]  VRINGS";
+    const TITLES: &'static str =
+        "[WORKER]  [CPU]  [NODE]  [TURNS]  [BUSY]  [FRAMES]  [PER BURST]  [CYCLES]  VRINGS";
 
     fn cells(&self) -> Vec<String> {
         vec![
             self.index.to_string(),
             text(&self.cpu),
+            text(&self.node),
             self.turns.to_string(),
             format!("{:.1}%", self.busy_ratio * 100.0),
             self.frames.to_string(),

@@ -248,8 +248,11 @@ impl Dataplane {
     pub fn sample(&self) -> Sample {
         let ports: Vec<_> = self.state().ports.values().map(|e| e.port.clone()).collect();
         let busy = self.workers.iter().map(|w| w.stats.busy_cycles.load(Ordering::Relaxed)).collect();
-        let queues = ports.iter().flat_map(|port| queue_samples(port)).collect();
-        Sample { cycles: sys::clock::cycles(), busy, queues }
+        let nodes: Vec<_> = self.workers.iter().map(|w| w.node).collect();
+        // On most machines there is one, and no need to ask where memory is.
+        let several = nodes.iter().any(|node| node.is_some() && *node != nodes[0]);
+        let queues = ports.iter().flat_map(|port| queue_samples(port, several)).collect();
+        Sample { cycles: sys::clock::cycles(), busy, nodes, queues }
     }
 
     /// Lets another worker poll a queue of a guest or back end from now on; no frame is lost or overtaken. False if there is no such
@@ -420,6 +423,7 @@ impl Dataplane {
         let total = sys::clock::cycles().saturating_sub(self.started_cycles);
         WorkerReport {
             cpu: worker.cpu,
+            node: worker.node,
             turns,
             busy_ratio: ratio(busy, total),
             frames,
@@ -584,7 +588,8 @@ fn tap_rings(tap: &Tap) -> Vec<RingReport> {
     (0u16..).zip(&tap.queues).map(report).collect()
 }
 
-fn queue_samples(port: &Port) -> Vec<QueueSample> {
+/// `ask`: where a queue's memory is.
+fn queue_samples(port: &Port, ask: bool) -> Vec<QueueSample> {
     let sample = |queue: u16, worker: &AtomicU32, counters: Option<&RingCounters>, movable| QueueSample {
         port: port.id,
         name: port.name.clone(),
@@ -592,11 +597,16 @@ fn queue_samples(port: &Port) -> Vec<QueueSample> {
         worker: worker.load(Ordering::Relaxed) as usize,
         frames: counters.map_or(0, |c| c.frames.read()),
         movable,
+        node: None,
     };
     match &port.link {
         PortLink::Guest(guest) => (0u16..)
             .zip(&guest.pairs)
-            .map(|(n, pair)| sample(n, &pair.tx.worker, pair.tx.counters_if_any(), true))
+            .map(|(n, pair)| {
+                let node = || pair.tx.lock().ring.as_ref().and_then(|ring| ring.node());
+                let sample = sample(n, &pair.tx.worker, pair.tx.counters_if_any(), true);
+                QueueSample { node: ask.then(node).flatten(), ..sample }
+            })
             .collect(),
         PortLink::FrontEnd(front) => (0u16..)
             .zip(&front.pairs)

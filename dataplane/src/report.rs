@@ -147,6 +147,8 @@ pub struct PortReport {
 pub struct WorkerReport {
     /// Pinned to this lcore, if at all.
     pub cpu: Option<usize>,
+    /// NUMA node of that lcore, if it is known.
+    pub node: Option<u32>,
     /// Passes over its rings.
     pub turns: u64,
     /// Time spent in turns that moved frames, of all; 0.0..=1.0.

@@ -89,6 +89,8 @@ pub(crate) enum Command {
 pub(crate) struct WorkerShared {
     pub(crate) index: u32,
     pub(crate) cpu: Option<usize>,
+    /// NUMA node of that lcore.
+    pub(crate) node: Option<u32>,
     /// Kick fds and TAPs. Rings register their kick fd when they start, on the session thread.
     epoll: OwnedFd,
     wake: OwnedFd,
@@ -112,7 +114,8 @@ impl WorkerShared {
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let edge = epoll::EventFlags::IN | epoll::EventFlags::ET;
         epoll::add(&epoll, &wake, epoll::EventData::new_u64(WAKE), edge)?;
-        Ok(Self { index, cpu, epoll, wake, mailbox: Mailbox::new(), stats: WorkerStats::default() })
+        let node = cpu.and_then(sys::numa::node_of_cpu);
+        Ok(Self { index, cpu, node, epoll, wake, mailbox: Mailbox::new(), stats: WorkerStats::default() })
     }
 
     /// Puts a command into the mailbox and wakes the worker if it sleeps.

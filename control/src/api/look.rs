@@ -121,6 +121,9 @@ pub struct Worker {
     pub index: usize,
     /// Pinned to this lcore.
     pub cpu: Option<usize>,
+    /// NUMA node of that lcore.
+    #[serde(default)]
+    pub node: Option<u32>,
     /// Passes over its rings.
     pub turns: u64,
     /// Turns that found work, of all.
@@ -204,6 +207,7 @@ pub(super) async fn workers(State(daemon): Shared) -> Json<Vec<Worker>> {
     let worker = |(index, report): (usize, dataplane::WorkerReport)| Worker {
         index,
         cpu: report.cpu,
+        node: report.node,
         turns: report.turns,
         busy_ratio: report.busy_ratio,
         frames: report.frames,

@@ -3,6 +3,7 @@
 //! - [`sigbus`]: survive a peer that truncates the memory it shares with us.
 //! - [`tap`]: TAP devices with vnet headers.
 //! - [`call`]: signal an eventfd that belongs to a hostile peer without ever blocking.
+//! - [`numa`]: the node of a processor, and of a page.
 //! - [`fd`]: descriptors for crates that know only raw ones.
 #![allow(unsafe_code)]
 
@@ -12,5 +13,6 @@ compile_error!("vhostd runs on 64-bit Linux only");
 pub mod call;
 pub mod clock;
 pub mod fd;
+pub mod numa;
 pub mod sigbus;
 pub mod tap;

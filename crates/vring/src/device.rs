@@ -245,6 +245,11 @@ impl<L: Layout> DeviceRing<L> {
         self.layout.size()
     }
 
+    /// The NUMA node of its descriptors.
+    pub(crate) fn node(&self) -> Option<u32> {
+        sys::numa::node_of_page(self.memory.translate_user(self.setup.desc_user_addr, 1)?)
+    }
+
     pub(crate) fn kick_fd(&self) -> Option<BorrowedFd<'_>> {
         self.setup.kick.as_ref().map(AsFd::as_fd)
     }

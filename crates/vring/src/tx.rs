@@ -67,6 +67,11 @@ impl TxRing {
         either!(&mut self.ring, ring => ring.disarm());
     }
 
+    /// The NUMA node of the guest's memory, as far as the ring is an example of it; `None` if that is not known.
+    pub fn node(&self) -> Option<u32> {
+        either!(&self.ring, ring => ring.node())
+    }
+
     /// Guest → us.
     pub fn kick_fd(&self) -> Option<BorrowedFd<'_>> {
         either!(&self.ring, ring => ring.kick_fd())
