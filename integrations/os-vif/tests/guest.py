@@ -19,19 +19,29 @@ BOOT_TIME = 120
 
 
 class Guest:
-    """A running domain. Commands run in it one after the other."""
+    """A domain that boots. It dies with the thread that made it. Commands run in it one after the other."""
 
     def __init__(self, domain: str) -> None:
         self._dir = tempfile.TemporaryDirectory(prefix="guest")
-        agent = f"{self._dir.name}/agent"
+        self._agent = f"{self._dir.name}/agent"
         self._log = open(f"{self._dir.name}/log", "w+")
-        command = ["setpriv", "--pdeathsig", "KILL", "--", *command_line(ET.fromstring(domain)), *agent_device(agent)]
+        command = [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "--",
+            *command_line(ET.fromstring(domain)),
+            *agent_device(self._agent),
+        ]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
         self._stream = socket.socket(socket.AF_UNIX)
         self._stream.settimeout(BOOT_TIME)
-        wait_for("QEMU to come up", lambda: self._connected(agent))
-        self._ids = itertools.count()
         self._replies = self._stream.makefile("rb")
+        self._ids = itertools.count()
+
+    def wait_for_boot(self) -> None:
+        """Until it takes commands."""
+        wait_for("QEMU to come up", self._connected)
         assert self._replies.readline() == b"ready\n"
 
     def run(self, command: str) -> str:
@@ -50,11 +60,11 @@ class Guest:
         self._log.close()
         self._dir.cleanup()
 
-    def _connected(self, path: str) -> bool:
+    def _connected(self) -> bool:
         if self.process.poll() is not None:
             self._log.seek(0)
             raise AssertionError(f"QEMU has ended: {self._log.read()}")
-        return self._stream.connect_ex(path) == 0
+        return self._stream.connect_ex(self._agent) == 0
 
 
 def command_line(domain: ET.Element) -> list[str]:
