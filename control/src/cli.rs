@@ -8,8 +8,9 @@ use std::time::Duration;
 use clap::builder::RangedI64ValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::names::{Mac, Name, SocketPath};
-use crate::spec::{MTU_RANGE, PlugSpec, QUEUES_RANGE, Role, Socket, To};
+use crate::names::{ExternalId, Mac, Name, SocketPath};
+use crate::problem::Problem;
+use crate::spec::{MTU_RANGE, Ovs, PlugSpec, QUEUES_RANGE, Role, Socket, To};
 use crate::status::Phase;
 
 /// Where the daemon is reached unless said otherwise.
@@ -57,7 +58,7 @@ pub enum Command {
     /// Run the daemon
     Serve(ServeArgs),
     /// Plug a VIF: give it a port, an uplink, or both
-    Plug(PlugArgs),
+    Plug(Box<PlugArgs>),
     /// Undo a plug; one that is not there is undone already
     Unplug(UnplugArgs),
     /// Print an os-vif object as it is understood
@@ -182,6 +183,9 @@ pub struct PlugArgs {
     /// The host's side: tap:DEV, bridge:BR or ovs:BR
     #[arg(long, value_name = "KIND:NAME", conflicts_with = "file")]
     pub to: Option<ToArg>,
+    /// With ovs:BR, the logical port in OVN or Neutron that it is
+    #[arg(long, value_name = "ID", conflicts_with = "file")]
+    pub iface_id: Option<ExternalId>,
     /// The guest's address
     #[arg(long, value_name = "MAC", conflicts_with = "file")]
     pub mac: Option<Mac>,
@@ -233,7 +237,7 @@ pub struct ApiArgs {
 
 impl PlugArgs {
     /// The spec that the options describe.
-    pub fn spec(&self) -> PlugSpec {
+    pub fn spec(&self) -> Result<PlugSpec, Problem> {
         let sockets = [
             (Role::Listen, &self.listen),
             (Role::Connect, &self.connect),
@@ -242,14 +246,23 @@ impl PlugArgs {
         ];
         // The grammar takes one of them at the most.
         let asked = sockets.into_iter().find_map(|(role, path)| Some((role, path.clone()?)));
-        PlugSpec {
+        let mut to = self.to.clone().map(|to| to.0);
+        if let Some(id) = &self.iface_id {
+            let Some(To::Ovs(ovs)) = &mut to else {
+                return Err(Problem::invalid(format!(
+                    "--iface-id {id} is for a port of Open vSwitch: give --to ovs:BR"
+                )));
+            };
+            ovs.iface_id = Some(id.clone());
+        }
+        Ok(PlugSpec {
             network: self.network.clone(),
             socket: asked.map(|(role, path)| Socket { role, path }),
-            to: self.to.clone().map(|to| to.0),
+            to,
             mac: self.mac,
             mtu: self.mtu,
             queues: self.queues,
-        }
+        })
     }
 }
 
@@ -269,7 +282,7 @@ impl FromStr for ToArg {
         match text.split_once(':') {
             Some(("tap", tap)) => Ok(Self(To::Tap { tap: name(tap)?, mac: None })),
             Some(("bridge", bridge)) => Ok(Self(To::Bridge { bridge: name(bridge)?, tap: None })),
-            Some(("ovs", bridge)) => Ok(Self(To::Ovs { bridge: name(bridge)? })),
+            Some(("ovs", bridge)) => Ok(Self(To::Ovs(Ovs::new(name(bridge)?)))),
             _ => Err("it must be tap:DEV, bridge:BR or ovs:BR".into()),
         }
     }

@@ -91,7 +91,7 @@ impl Session {
             (Some(file), _) => document::parse(&document::read_file(file)?)?,
             (None, name) => Document {
                 id: name.clone().expect("the grammar asks for a name or a file"),
-                spec: args.spec(),
+                spec: args.spec()?,
             },
         };
         let mut query = vec![format!("timeout={}", duration_text(args.timeout))];

@@ -44,6 +44,8 @@ pub struct Config {
     pub dataplane: DataplaneConfig,
     /// vhost-user sockets.
     pub sockets: SocketsConfig,
+    /// Open vSwitch.
+    pub ovs: OvsConfig,
     /// What is logged, and how.
     pub log: LogConfig,
 }
@@ -99,6 +101,15 @@ pub struct SocketsConfig {
     pub group: Option<String>,
 }
 
+/// `[ovs]`
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct OvsConfig {
+    /// Its database, `unix:PATH` or `tcp:HOST:PORT`. Only plugs into Open vSwitch need it.
+    #[serde(deserialize_with = "address")]
+    pub database: ovsdb::Address,
+}
+
 /// `[log]`
 #[derive(Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -150,6 +161,12 @@ impl Default for SocketsConfig {
     }
 }
 
+impl Default for OvsConfig {
+    fn default() -> Self {
+        Self { database: ovsdb::Address::Unix("/run/openvswitch/db.sock".into()) }
+    }
+}
+
 impl Default for LogConfig {
     fn default() -> Self {
         Self { filter: "info".into(), format: LogFormat::default() }
@@ -191,6 +208,10 @@ fn octal<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
     let text = String::deserialize(deserializer)?;
     let mode = u32::from_str_radix(&text, 8).ok().filter(|mode| *mode <= 0o777);
     mode.ok_or_else(|| serde::de::Error::custom(format_args!("{text:?} is not a mode such as \"0660\"")))
+}
+
+fn address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ovsdb::Address, D::Error> {
+    String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
 }
 
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
@@ -239,6 +260,7 @@ mod tests {
             ("[dataplane]\ncpus = \"3-1\"\n", "3-1"),
             ("[dataplane]\nageing = \"soon\"\n", "soon"),
             ("[log]\nformat = \"xml\"\n", "xml"),
+            ("[ovs]\ndatabase = \"/run/db.sock\"\n", "unix:PATH"),
             ("no toml", "line 1"),
         ] {
             let error = load(text, ServeArgs::default()).unwrap_err().to_string();

@@ -74,7 +74,7 @@ fn from_json(value: Value) -> Result<Document, Problem> {
     if vif::Document::is_os_vif(&value) {
         let plug = vif::Document::decode(&value).and_then(|document| document.plug());
         let plug = plug.map_err(|e| Problem::invalid(e.to_string()))?;
-        let (id, spec) = osvif::plug_of(&plug.vif)?;
+        let (id, spec) = osvif::plug_of(&plug)?;
         return Ok(Document { id, spec });
     }
     let Native { id, spec, .. } = json::typed(value)?;

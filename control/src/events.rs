@@ -43,6 +43,8 @@ pub enum EventKind {
     Unplugged,
     /// A step of a stored plug, or of an unplug, failed for a new reason and will be tried again.
     Failed,
+    /// Somebody else had undone a step of a plug; it was done again.
+    Repaired,
     /// A front end connected.
     Connected,
     /// A front end went away.
@@ -66,6 +68,7 @@ impl EventKind {
             Self::Plugged => "plugged",
             Self::Unplugged => "unplugged",
             Self::Failed => "failed",
+            Self::Repaired => "repaired",
             Self::Connected => "connected",
             Self::Disconnected => "disconnected",
             Self::Linked => "linked",

@@ -13,6 +13,8 @@ use serde::{Deserialize, Serialize};
 const NAME_BYTES_MAX: usize = 63;
 /// Bytes in a Linux interface's name (`IFNAMSIZ` without the terminating zero).
 pub const IFNAME_BYTES_MAX: usize = 15;
+/// Bytes of a value in Open vSwitch's `external_ids`; ours, it has no bound of its own.
+const EXTERNAL_ID_BYTES_MAX: usize = 255;
 /// Bytes in a UNIX socket's path (`sun_path` without the terminating zero).
 const PATH_BYTES_MAX: usize = 107;
 
@@ -29,6 +31,9 @@ pub enum NameError {
         "{0:?} is not an interface name: 1 to 15 printable ASCII characters without blank, '/', ':' or '%', not beginning with '-' or '.'"
     )]
     Interface(String),
+    /// Not an identifier in somebody else's system.
+    #[error("{0:?} is not an identifier: 1 to 255 bytes without control characters")]
+    ExternalId(String),
     /// Not a station's address.
     #[error("{0:?} is not a unicast MAC address such as 52:54:00:12:34:56")]
     Mac(String),
@@ -108,6 +113,12 @@ checked_text! {
 }
 
 checked_text! {
+    /// Identifier of something in another system, as of a logical port in OVN; at most 255 bytes.
+    #[schema(value_type = String, max_length = 255, example = "dc065497-3c8d-4f44-8fb4-e1d33c16a536")]
+    ExternalId, check_external_id
+}
+
+checked_text! {
     /// Absolute path of a UNIX socket, at most 107 bytes.
     #[schema(value_type = String, max_length = 107, example = "/run/vhostd/vm1.sock")]
     SocketPath, check_path
@@ -137,6 +148,13 @@ fn check_interface(text: &str) -> Result<(), NameError> {
         return Ok(());
     }
     Err(NameError::Interface(excerpt(text)))
+}
+
+fn check_external_id(text: &str) -> Result<(), NameError> {
+    if (1..=EXTERNAL_ID_BYTES_MAX).contains(&text.len()) && !text.chars().any(char::is_control) {
+        return Ok(());
+    }
+    Err(NameError::ExternalId(excerpt(text)))
 }
 
 fn check_path(text: &str) -> Result<(), NameError> {

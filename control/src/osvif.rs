@@ -4,6 +4,10 @@
 //! VIFVHostUser, no profile       a port of the network that vif.network names
 //!               FPTap            joined with the TAP vif_name
 //!               FPBridge         joined with the TAP vif_name in the profile's bridge
+//!               FPOpenVSwitch    joined with the TAP vif_name in the network's bridge of Open vSwitch
+//!               OpenVSwitch      the same
+//! VIFOpenVSwitch, OpenVSwitch    the TAP vif_name in the network's bridge of Open vSwitch is the guest's card; the profile
+//!                                says whether TAP and port are ours to make (create_tap, create_port)
 //! ```
 //!
 //! os-vif's `mode` is the VMM's side of the socket: `client` means that we listen. `plugin`, `active`,
@@ -12,37 +16,58 @@
 use std::fmt::Display;
 use std::str::FromStr;
 
+use vif::profile::OpenVSwitchProfile;
 use vif::vif::{VhostUserMode, VhostUserVif};
 use vif::{Field, Network, PortProfile, ProfileKind, Vif, VifKind};
 
 use crate::names::Name;
 use crate::problem::{Kind, Problem};
-use crate::spec::{PlugSpec, Role, Socket, To};
+use crate::spec::{DatapathType, KernelGuest, Ovs, PlugSpec, Role, Socket, To};
 
-const SUPPORTED: &str = "supported are VIFVHostUser without port profile, and with VIFPortProfileFPTap or \
-                         VIFPortProfileFPBridge";
+/// Queues of a multi-queue TAP whose VMM says how many it wants when it opens them: more than one makes it such a TAP.
+const CARD_QUEUES: u16 = 2;
+
+const SUPPORTED: &str = "supported are VIFVHostUser without port profile and with VIFPortProfileFPTap, \
+                         VIFPortProfileFPBridge, VIFPortProfileFPOpenVSwitch (not hybrid) or \
+                         VIFPortProfileOpenVSwitch, and VIFOpenVSwitch";
 
 /// The plug that serves a VIF.
-pub fn plug_of(vif: &Vif) -> Result<(Name, PlugSpec), Problem> {
+pub fn plug_of(asked: &vif::Plug) -> Result<(Name, PlugSpec), Problem> {
+    let vif = &asked.vif;
     let id = id_of(vif)?;
-    let VifKind::VhostUser(socket) = &vif.kind else {
-        return Err(unsupported(&format!("a VIF of class {}", vif.class)));
-    };
     let network = vif.network.value();
     let mut spec = PlugSpec {
-        socket: Some(socket_of(socket)?),
         mac: vif.address.value().map(|mac| parsed("vif.address", mac)).transpose()?,
         mtu: network.map(mtu_of).transpose()?.flatten(),
         ..PlugSpec::default()
     };
-    match vif.port_profile.value() {
-        Some(profile) if !matches!(profile.kind, ProfileKind::Base) => {
-            spec.to = Some(host_side(socket, profile)?);
+    match &vif.kind {
+        VifKind::VhostUser(port) => {
+            spec.socket = Some(socket_of(port)?);
+            match vif.port_profile.value() {
+                Some(profile) if !matches!(profile.kind, ProfileKind::Base) => {
+                    spec.to = Some(host_side(asked, port, profile)?);
+                }
+                _ => {
+                    let id = network.and_then(|network| network.id.value());
+                    spec.network = id.map(|id| parsed("vif.network.id", id)).transpose()?;
+                }
+            }
         }
-        _ => {
-            let id = network.and_then(|network| network.id.value());
-            spec.network = id.map(|id| parsed("vif.network.id", id)).transpose()?;
+        VifKind::OpenVSwitch(card) => {
+            let Some(ProfileKind::OpenVSwitch(profile)) = vif.port_profile.value().map(|p| &p.kind) else {
+                return Err(unsupported("a VIFOpenVSwitch without VIFPortProfileOpenVSwitch"));
+            };
+            let is_set = |field: &Field<bool>| field.value().copied().unwrap_or_default();
+            let guest = KernelGuest {
+                make_tap: is_set(&profile.create_tap),
+                make_port: is_set(&profile.create_port),
+            };
+            let tap = Some(parsed("vif.vif_name", required("vif.vif_name", &card.vif_name)?)?);
+            spec.queues = is_set(&profile.multiqueue).then_some(CARD_QUEUES);
+            spec.to = Some(To::Ovs(Ovs { tap, guest: Some(guest), ..ovs_of(asked, profile)? }));
         }
+        _ => return Err(unsupported(&format!("a VIF of class {}", vif.class))),
     }
     Ok((id, spec))
 }
@@ -60,7 +85,7 @@ fn socket_of(vif: &VhostUserVif) -> Result<Socket, Problem> {
     Ok(Socket { role, path: parsed("vif.path", required("vif.path", &vif.path)?)? })
 }
 
-fn host_side(vif: &VhostUserVif, profile: &PortProfile) -> Result<To, Problem> {
+fn host_side(asked: &vif::Plug, vif: &VhostUserVif, profile: &PortProfile) -> Result<To, Problem> {
     // VIFVHostUser 1.0 has no vif_name.
     let tap = || parsed("vif.vif_name", required("vif.vif_name", &vif.vif_name)?);
     match &profile.kind {
@@ -74,8 +99,45 @@ fn host_side(vif: &VhostUserVif, profile: &PortProfile) -> Result<To, Problem> {
             let bridge = parsed(field, required(field, &bridge.bridge_name)?)?;
             Ok(To::Bridge { bridge, tap: Some(tap()?) })
         }
+        ProfileKind::FpOpenVSwitch(_, more) if more.hybrid_plug.value() == Some(&true) => {
+            Err(unsupported("a hybrid plug, through a Linux bridge into Open vSwitch,"))
+        }
+        ProfileKind::FpOpenVSwitch(ovs, _) => Ok(To::Ovs(Ovs { tap: Some(tap()?), ..ovs_of(asked, ovs)? })),
+        // os-vif's own plug-in makes up a name here and does not look at vif_name.
+        ProfileKind::OpenVSwitch(ovs) => {
+            let tap = vif.vif_name.value().map(|name| parsed("vif.vif_name", name)).transpose()?;
+            Ok(To::Ovs(Ovs { tap, ..ovs_of(asked, ovs)? }))
+        }
         _ => Err(unsupported(&format!("a VIF with port profile {}", profile.class))),
     }
+}
+
+/// The port in Open vSwitch, but for its TAP. Its bridge is the network's, as for os-vif's own plug-in.
+fn ovs_of(asked: &vif::Plug, profile: &OpenVSwitchProfile) -> Result<Ovs, Problem> {
+    let field = "vif.network.bridge";
+    let network = asked.vif.network.value().ok_or_else(|| missing("vif.network"))?;
+    let bridge = parsed(field, required(field, &network.bridge)?)?;
+    required("vif.address", &asked.vif.address)?;
+    let field = "vif.port_profile.datapath_type";
+    let datapath_type = match profile.datapath_type.value().map(String::as_str) {
+        None | Some("") => None,
+        Some("system") => Some(DatapathType::System),
+        Some("netdev") => Some(DatapathType::Netdev),
+        Some(other) => {
+            let problem = Problem::invalid(format!("{field} is {other:?}, it must be system or netdev"));
+            return Err(problem.field(field));
+        }
+    };
+    let given = |field: &str, text: Option<&String>| {
+        text.filter(|text| !text.is_empty()).map(|text| parsed(field, text)).transpose()
+    };
+    let uuid = asked.instance_info.as_ref().and_then(|instance| instance.uuid.value());
+    Ok(Ovs {
+        datapath_type,
+        iface_id: given("vif.port_profile.interface_id", profile.interface_id.value())?,
+        vm_uuid: given("instance_info.uuid", uuid)?,
+        ..Ovs::new(bridge)
+    })
 }
 
 fn mtu_of(network: &Network) -> Result<Option<u16>, Problem> {
@@ -87,9 +149,11 @@ fn mtu_of(network: &Network) -> Result<Option<u16>, Problem> {
 }
 
 fn required<'a, T>(field: &str, value: &'a Field<T>) -> Result<&'a T, Problem> {
-    value
-        .value()
-        .ok_or_else(|| Problem::invalid(format!("{field} is not set, and a plug needs it")).field(field))
+    value.value().ok_or_else(|| missing(field))
+}
+
+fn missing(field: &str) -> Problem {
+    Problem::invalid(format!("{field} is not set, and a plug needs it")).field(field)
 }
 
 fn parsed<T: FromStr<Err: Display>>(field: &str, value: &impl ToString) -> Result<T, Problem> {
@@ -124,7 +188,7 @@ mod tests {
 
     fn plug(value: &Value) -> Result<Value, Problem> {
         let document = vif::Document::decode(value).unwrap();
-        let (id, spec) = plug_of(&document.plug().unwrap().vif)?;
+        let (id, spec) = plug_of(&document.plug().unwrap())?;
         assert_eq!(id.as_str(), ID);
         Ok(serde_json::to_value(spec).unwrap())
     }
@@ -173,13 +237,59 @@ mod tests {
         assert_eq!(spec["to"], json!({"kind": "bridge", "bridge": "brq1", "tap": "tap1"}));
     }
 
+    /// A VIF in Open vSwitch, its profile of this class, and these fields.
+    fn in_ovs(class: &str, profile: &str, mut more: Value, profile_data: Value) -> Value {
+        let network = envelope("Network", "1.1", json!({"id": NETWORK, "bridge": "br-int", "mtu": 1450}));
+        let mut data = json!({"id": ID, "address": "22:52:25:62:e2:aa", "network": network,
+                              "port_profile": envelope(profile, "1.4", profile_data)});
+        data.as_object_mut().unwrap().append(more.as_object_mut().unwrap());
+        envelope(class, if class == "VIFVHostUser" { "1.1" } else { "1.0" }, data)
+    }
+
+    #[test]
+    fn a_vhost_user_port_in_open_vswitch_is_joined_with_a_tap() {
+        let socket = json!({"path": "/run/vm.sock", "mode": "client", "vif_name": "vhudc065497-3c"});
+        for profile in ["VIFPortProfileFPOpenVSwitch", "VIFPortProfileOpenVSwitch"] {
+            let data = json!({"interface_id": ID, "datapath_type": "netdev"});
+            let spec = plug(&in_ovs("VIFVHostUser", profile, socket.clone(), data)).unwrap();
+            let to = json!({"kind": "ovs", "bridge": "br-int", "tap": "vhudc065497-3c", "datapath_type": "netdev",
+                            "iface_id": ID});
+            assert_eq!((&spec["to"], &spec["mtu"], &spec["network"]), (&to, &json!(1450), &Value::Null));
+            assert_eq!(spec["mac"], "22:52:25:62:e2:aa");
+        }
+    }
+
+    #[test]
+    fn the_guests_tap_in_open_vswitch_is_made_as_far_as_the_profile_says() {
+        let profile = "VIFPortProfileOpenVSwitch";
+        let card = |data| {
+            let vif = in_ovs("VIFOpenVSwitch", profile, json!({"vif_name": "tap1"}), data);
+            let document =
+                json!({"vif": vif, "instance_info": envelope("InstanceInfo", "1.0", json!({"uuid": "vm"}))});
+            let spec = plug(&document).unwrap();
+            assert_eq!((&spec["socket"], &spec["to"]["tap"]), (&Value::Null, &json!("tap1")));
+            (spec["to"]["guest"].clone(), spec["to"]["vm_uuid"].clone(), spec["queues"].clone())
+        };
+        let made = |make_tap: bool, make_port: bool| json!({"make_tap": make_tap, "make_port": make_port});
+        assert_eq!(card(json!({})), (made(false, false), json!("vm"), Value::Null));
+        assert_eq!(card(json!({"create_port": true})).0, made(false, true));
+        let all = json!({"create_port": true, "create_tap": true, "multiqueue": true});
+        assert_eq!(card(all), (made(true, true), json!("vm"), json!(2)));
+    }
+
     #[test]
     fn what_is_not_supported_is_said_with_what_is() {
-        let ovs = envelope("VIFPortProfileOpenVSwitch", "1.4", json!({"interface_id": ID}));
+        let qbh = envelope("VIFPortProfile8021Qbh", "1.1", json!({}));
+        let hybrid = json!({"interface_id": ID, "hybrid_plug": true, "bridge_name": "qbr1"});
+        let hybrid = envelope("VIFPortProfileFPOpenVSwitch", "1.4", hybrid);
         let generic = envelope("VIFGeneric", "1.0", json!({"id": ID, "vif_name": "tap1"}));
-        for (value, named) in
-            [(vif(json!({"port_profile": ovs})), "VIFPortProfileOpenVSwitch"), (generic, "VIFGeneric")]
-        {
+        let bare = envelope("VIFOpenVSwitch", "1.0", json!({"id": ID, "vif_name": "tap1"}));
+        for (value, named) in [
+            (vif(json!({"port_profile": qbh})), "VIFPortProfile8021Qbh"),
+            (vif(json!({"port_profile": hybrid, "vif_name": "tap1"})), "hybrid"),
+            (generic, "VIFGeneric"),
+            (bare, "VIFOpenVSwitch"),
+        ] {
             let problem = plug(&value).unwrap_err();
             assert_eq!(problem.kind, Kind::Unsupported);
             assert!(problem.detail.contains(named), "{}", problem.detail);
@@ -191,6 +301,8 @@ mod tests {
     fn what_a_plug_needs_is_asked_for() {
         let tap = || envelope("VIFPortProfileFPTap", "1.1", json!({}));
         let fp_bridge = |data| envelope("VIFPortProfileFPBridge", "1.1", data);
+        let ovs = |data| envelope("VIFPortProfileOpenVSwitch", "1.4", data);
+        let bridged = || envelope("Network", "1.1", json!({"bridge": "br-int"}));
         let huge = envelope("Network", "1.1", json!({"mtu": 70_000}));
         let odd = envelope("Network", "1.1", json!({"id": "a/b"}));
         for (value, field) in [
@@ -202,6 +314,13 @@ mod tests {
                 "vif.port_profile.bridge_name",
             ),
             (vif(json!({"network": huge})), "vif.network.mtu"),
+            (vif(json!({"port_profile": ovs(json!({}))})), "vif.network"),
+            (vif(json!({"port_profile": ovs(json!({})), "network": bridged()})), "vif.address"),
+            (
+                vif(json!({"port_profile": ovs(json!({"datapath_type": "fpga"})), "network": bridged(),
+                           "address": "22:52:25:62:e2:aa"})),
+                "vif.port_profile.datapath_type",
+            ),
             (vif(json!({"network": odd})), "vif.network.id"),
             (vif(json!({"address": "ff:ff:ff:ff:ff:ff"})), "vif.address"),
             (vif(json!({"id": "../x"})), "vif.id"),

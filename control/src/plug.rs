@@ -1,10 +1,12 @@
 //! A plug's way into the dataplane and out again. The one file that knows both what a plug is and what a port is.
 //!
 //! ```text
-//! plug    admit → store the intent → bridge, TAP → ports          any step fails: undo the ones before it
-//! unplug  store the intent → ports → TAP, bridge → forget         driven by the record; nothing there is success
+//! plug    admit → store the intent → TAP, bridge → ports → Open vSwitch    any step fails: undo the ones before it
+//! unplug  store the intent → ports → Open vSwitch, TAP, bridge → forget    driven by the record; nothing there is success
 //! start   for each record: the same steps, tried until they succeed
 //! ```
+//!
+//! A step that somebody else undoes later, in Open vSwitch's database, is taken again and told as an event.
 //!
 //! What cannot be finished, a stored plug that does not come back or an unplug that fails half-way, keeps its record,
 //! says so, and is tried again in the background until it succeeds. A start goes on with it.
@@ -13,6 +15,7 @@
 //! all (a name, socket, TAP or uplink that is taken) is decided in one short critical section over the table of plugs,
 //! before anything is done. An admitted request runs to its end even if whoever asked goes away.
 
+mod ovs;
 mod steps;
 mod table;
 #[cfg(test)]
@@ -31,7 +34,7 @@ use self::table::{Admission, Fault, Table};
 use crate::events::{EventKind, Events};
 use crate::names::Name;
 use crate::spec::{PlugSpec, SpecError};
-use crate::status::{Phase, Plug, Status, Whose};
+use crate::status::{Condition, Phase, Plug, Status, Whose};
 use crate::store::{Intent, Record, Store, StoreError};
 
 /// How often a waiter looks, at most: not every step of a port is an event.
@@ -156,11 +159,12 @@ impl Plugs {
     pub fn new(
         dataplane: Arc<Dataplane>,
         host: HostNet,
+        ovs: ovsdb::Address,
         rules: SocketRules,
         (store, records): (Store, Vec<(Name, Record)>),
         events: Arc<Events>,
     ) -> Self {
-        Self { table: Table::new(records), steps: Steps::new(dataplane, host, rules), store, events }
+        Self { table: Table::new(records), steps: Steps::new(dataplane, host, ovs, rules), store, events }
     }
 
     /// Makes a plug, or finds it made.
@@ -198,10 +202,14 @@ impl Plugs {
                 let message = format!("being unplugged, will be tried again: {}", fault.message);
                 Status::pending(fault.whose, message)
             }
-            (Intent::Plugged, Some(fault)) => Status::pending(fault.whose, fault.message),
-            (Intent::Plugged, None) => match ports {
-                Some(ports) => self.steps.status(&record.spec, &ports),
-                None => Status::pending(Whose::Vhostd, "being plugged"),
+            (Intent::Plugged, fault) => match (ports, fault) {
+                (Some(ports), None) => self.steps.status(id, &record.spec, &ports),
+                (Some(ports), Some(Fault { whose, message })) => {
+                    let missing = Condition { phase: Phase::Forwarding, whose, message };
+                    self.steps.status(id, &record.spec, &ports).and(vec![missing])
+                }
+                (None, Some(fault)) => Status::pending(fault.whose, fault.message),
+                (None, None) => Status::pending(Whose::Vhostd, "being plugged"),
             },
         };
         Ok(Plug { id: id.clone(), spec: record.spec, status })
@@ -274,12 +282,11 @@ impl Plugs {
     }
 
     /// Takes the steps that are left for a plug. True when there are none any more. The caller has its turn.
-    async fn go_on(&self, id: &Name) -> bool {
-        let Some((record, ports, _)) = self.table.look(id) else { return true };
-        let done = match (record.intent, ports) {
-            (Intent::Plugged, Some(_)) => Ok(()),
-            (Intent::Plugged, None) => self.attach(id, &record.spec).await.map_err(Fault::from),
-            (Intent::Unplugged, _) => self.detach_and_forget(id, &record.spec).await,
+    async fn go_on(self: &Arc<Self>, id: &Name) -> bool {
+        let Some((record, ..)) = self.table.look(id) else { return true };
+        let done = match record.intent {
+            Intent::Plugged => self.attach(id, &record.spec).await.map_err(Fault::from),
+            Intent::Unplugged => self.detach_and_forget(id, &record.spec).await,
         };
         let finished = done.is_ok();
         if let Err(fault) = done {
@@ -305,6 +312,10 @@ impl Plugs {
                 attached.inspect_err(|cause| self.failed(id, cause.into())).map_err(step)?;
             }
             Admission::New => {
+                if let Err(cause) = self.steps.check(&spec).await {
+                    self.table.remove(id);
+                    return Err(step(cause));
+                }
                 if let Err(error) = self.store.put(id, Record::new(Intent::Plugged, spec.clone())).await {
                     self.table.remove(id);
                     return Err(error.into());
@@ -332,10 +343,60 @@ impl Plugs {
         Ok(true)
     }
 
-    async fn attach(&self, id: &Name, spec: &PlugSpec) -> Result<(), StepError> {
-        let ports = self.steps.attach(id, spec).await?;
-        self.table.attached(id, ports);
+    /// Takes the steps that have not succeeded yet.
+    async fn attach(self: &Arc<Self>, id: &Name, spec: &PlugSpec) -> Result<(), StepError> {
+        self.watch_over(spec);
+        if !matches!(self.table.look(id), Some((_, Some(_), _))) {
+            let ports = self.steps.attach(id, spec).await?;
+            self.table.attached(id, ports);
+        }
+        self.steps.join(id, spec).await?;
+        self.table.settled(id);
         Ok(())
+    }
+
+    /// From the first plug on that others can take something away from, looks after all such plugs.
+    fn watch_over(self: &Arc<Self>, spec: &PlugSpec) {
+        let Some(mut changes) = self.steps.changes(spec) else { return };
+        let plugs = self.clone();
+        tokio::spawn(async move { plugs.steps.follow().await });
+        let plugs = self.clone();
+        tokio::spawn(async move {
+            while changes.changed().await.is_ok() {
+                for id in plugs.amiss() {
+                    plugs.repair(&id).await;
+                }
+            }
+        });
+    }
+
+    /// Plugs that have been attached, and something of theirs has gone since.
+    fn amiss(&self) -> Vec<Name> {
+        let is_amiss = |id: &Name| {
+            matches!(self.table.look(id), Some((Record { intent: Intent::Plugged, spec, .. }, Some(_), None))
+                if self.steps.is_amiss(id, &spec))
+        };
+        self.table.ids().into_iter().filter(is_amiss).collect()
+    }
+
+    /// Takes the steps again that others can undo.
+    async fn repair(self: &Arc<Self>, id: &Name) {
+        let _turn = self.table.turn(id).await;
+        // Whoever had the turn before may have been the one who changed it.
+        let Some((Record { intent: Intent::Plugged, spec, .. }, Some(_), None)) = self.table.look(id) else {
+            return;
+        };
+        match self.steps.join(id, &spec).await {
+            Ok(true) => {
+                tracing::warn!(plug = %id, "somebody else had removed its port from Open vSwitch; put back");
+                self.events.publish(EventKind::Repaired, Some(id.as_str()), "put back into Open vSwitch");
+            }
+            Ok(false) => {}
+            Err(error) => {
+                self.failed(id, error.into());
+                self.retry(id);
+            }
+        }
     }
 
     /// Undoes a plug whose intent says so, if not now then in the background.

@@ -4,17 +4,21 @@
 //!
 //! ```text
 //! socket        a port of the network, for a guest, or attached to another switch as if we were one
-//! to            the network's uplink: a TAP, alone or in a Linux bridge
+//! to            the network's uplink: a TAP, alone, in a Linux bridge or in Open vSwitch
 //! socket + to   the two joined: a network of their own
+//! to, as guest  a TAP that a guest's VMM opens: in Open vSwitch, and in no network of ours
 //! ```
 //!
 //! [`PlugSpec::completed`] fills in what was left out, so that two ways of asking for the same thing compare equal and
 //! a record says everything that unplug needs.
 
+mod ovs;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
+pub use self::ovs::{DatapathType, KernelGuest, Ovs};
 use crate::names::{IfName, Mac, Name, SocketPath};
 
 /// The network of a plug that names none.
@@ -114,11 +118,8 @@ pub enum To {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         tap: Option<IfName>,
     },
-    /// A TAP in an Open vSwitch bridge. Not supported yet.
-    Ovs {
-        /// The bridge.
-        bridge: IfName,
-    },
+    /// A TAP in an Open vSwitch bridge.
+    Ovs(Ovs),
 }
 
 /// Why a spec cannot be.
@@ -145,11 +146,9 @@ pub enum SpecError {
         /// Largest possible.
         max: u16,
     },
-    /// Open vSwitch.
-    #[error(
-        "ovs:{0} is not supported yet: use bridge:NAME (a Linux bridge) or tap:NAME and add the TAP yourself"
-    )]
-    Ovs(IfName),
+    /// A guest has one card.
+    #[error("the TAP is the guest's card (spec.to.guest): leave out the socket")]
+    TwoCards,
 }
 
 impl SpecError {
@@ -160,7 +159,7 @@ impl SpecError {
             Self::NetworkOfItsOwn(_) => Some("spec.network"),
             Self::MacWithoutGuest(_) => Some("spec.mac"),
             Self::Bounds { field, .. } => Some(field),
-            Self::Ovs(_) => Some("spec.to"),
+            Self::TwoCards => Some("spec.socket"),
         }
     }
 }
@@ -170,8 +169,8 @@ impl PlugSpec {
     pub fn completed(mut self, id: &Name) -> Result<Self, SpecError> {
         match (&self.socket, &self.to) {
             (None, None) => return Err(SpecError::Empty),
-            (_, Some(To::Ovs { bridge })) => return Err(SpecError::Ovs(bridge.clone())),
-            (Some(_), Some(_)) => {
+            (Some(_), Some(To::Ovs(Ovs { guest: Some(_), .. }))) => return Err(SpecError::TwoCards),
+            (Some(_), Some(_)) | (_, Some(To::Ovs(Ovs { guest: Some(_), .. }))) => {
                 if let Some(network) = self.network {
                     return Err(SpecError::NetworkOfItsOwn(network));
                 }
@@ -188,7 +187,7 @@ impl PlugSpec {
         if let Some(queues) = self.queues {
             bounded("spec.queues", queues, QUEUES_RANGE)?;
         }
-        if let Some(To::Bridge { tap, .. }) = &mut self.to {
+        if let Some(To::Bridge { tap, .. } | To::Ovs(Ovs { tap, .. })) = &mut self.to {
             tap.get_or_insert_with(|| tap_name(id));
         }
         Ok(self)
@@ -204,7 +203,20 @@ impl PlugSpec {
 
     /// True for the port through which a network reaches the host.
     pub fn is_uplink(&self) -> bool {
-        self.socket.is_none()
+        self.socket.is_none() && self.kernel_guest().is_none()
+    }
+
+    /// The side in Open vSwitch.
+    pub fn ovs(&self) -> Option<&Ovs> {
+        match &self.to {
+            Some(To::Ovs(ovs)) => Some(ovs),
+            _ => None,
+        }
+    }
+
+    /// What is made for a guest whose card is the TAP itself.
+    pub fn kernel_guest(&self) -> Option<KernelGuest> {
+        self.ovs().and_then(|ovs| ovs.guest)
     }
 
     /// True for a port that is a guest to another switch.
@@ -213,7 +225,7 @@ impl PlugSpec {
     }
 
     fn has_guest(&self) -> bool {
-        self.socket.is_some() && !self.is_front_end()
+        (self.socket.is_some() && !self.is_front_end()) || self.kernel_guest().is_some()
     }
 
     /// Queue pairs that a guest may use.
@@ -250,7 +262,8 @@ impl To {
     pub fn tap(&self, id: &Name) -> IfName {
         match self {
             Self::Tap { tap, .. } | Self::Bridge { tap: Some(tap), .. } => tap.clone(),
-            Self::Bridge { tap: None, .. } | Self::Ovs { .. } => tap_name(id),
+            Self::Ovs(ovs) => ovs.tap(id),
+            Self::Bridge { tap: None, .. } => tap_name(id),
         }
     }
 }
@@ -326,6 +339,24 @@ mod tests {
     }
 
     #[test]
+    fn a_tap_in_open_vswitch_is_an_uplink_or_a_guests_card() {
+        let uplink = spec(json!({"to": {"kind": "ovs", "bridge": "br-int"}})).completed(&name("up")).unwrap();
+        let to = json!({"kind": "ovs", "bridge": "br-int", "tap": "vhd-up"});
+        assert_eq!(
+            serde_json::to_value(&uplink).unwrap(),
+            json!({"network": "default", "to": to, "mtu": 1500})
+        );
+        assert!(uplink.is_uplink());
+        let to = json!({"kind": "ovs", "bridge": "br-int", "tap": "tap1", "datapath_type": "netdev", "isolated": true,
+                        "iface_id": "lsp 1", "guest": {"make_tap": true, "make_port": false}});
+        let card = spec(json!({"to": to, "mac": "52:54:00:00:00:01"})).completed(&name("vm1")).unwrap();
+        assert!(!card.is_uplink() && card.network.is_none());
+        assert_eq!(serde_json::to_value(&card).unwrap()["to"], to);
+        let named = spec(json!({"network": "blue", "to": to})).completed(&name("vm1"));
+        assert!(matches!(named, Err(SpecError::NetworkOfItsOwn(_))));
+    }
+
+    #[test]
     fn a_joined_plug_is_a_network_of_its_own() {
         let joined = json!({"socket": listen(), "to": {"kind": "tap", "tap": "tap0"}});
         let joined = spec(joined).completed(&name("vm1")).unwrap();
@@ -338,7 +369,9 @@ mod tests {
     fn impossible_specs_are_refused() {
         let refused = |value| spec(value).completed(&name("vm1")).unwrap_err();
         assert!(matches!(refused(json!({})), SpecError::Empty));
-        assert!(matches!(refused(json!({"to": {"kind": "ovs", "bridge": "br-int"}})), SpecError::Ovs(_)));
+        let card = json!({"make_tap": true, "make_port": true});
+        let two = json!({"socket": listen(), "to": {"kind": "ovs", "bridge": "br-int", "guest": card}});
+        assert_eq!(refused(two).field(), Some("spec.socket"));
         let uplink = json!({"kind": "tap", "tap": "tap0"});
         let with_mac = json!({"to": uplink, "mac": "52:54:00:00:00:01"});
         assert!(matches!(refused(with_mac), SpecError::MacWithoutGuest(_)));

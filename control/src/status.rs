@@ -111,10 +111,16 @@ impl Status {
 
     /// From what the dataplane says of the plug's ports.
     pub fn of_ports(spec: &PlugSpec, ports: &[PortReport]) -> Self {
-        let conditions: Vec<_> = ports.iter().filter_map(|port| missing(spec, port)).collect();
+        let conditions = ports.iter().filter_map(|port| missing(spec, port)).collect();
+        Self { phase: Phase::Forwarding, conditions: Vec::new() }.and(conditions)
+    }
+
+    /// The same if these are missing, too.
+    pub fn and(mut self, missing: Vec<Condition>) -> Self {
         let reached = |c: &Condition| if c.phase == Phase::Linked { Phase::Attached } else { Phase::Linked };
-        let phase = conditions.iter().map(reached).min().unwrap_or(Phase::Forwarding);
-        Self { phase, conditions }
+        self.phase = missing.iter().map(reached).fold(self.phase, Phase::min);
+        self.conditions.extend(missing);
+        self
     }
 }
 

@@ -113,7 +113,7 @@ fn to(plug: &Plug) -> String {
     plug.spec.to.as_ref().map_or_else(String::new, |to| match to {
         To::Tap { tap, .. } => format!("tap:{tap}"),
         To::Bridge { bridge, .. } => format!("bridge:{bridge} ({})", to.tap(&plug.id)),
-        To::Ovs { bridge } => format!("ovs:{bridge}"),
+        To::Ovs(ovs) => format!("ovs:{} ({})", ovs.bridge, to.tap(&plug.id)),
     })
 }
 

@@ -54,8 +54,14 @@ impl Daemon {
     /// Kills it with SIGKILL, starts it again on the same state, and waits until it answers. Gives the time from the kill
     /// to the answer.
     pub fn kill_and_restart(&mut self) -> Result<Duration> {
+        self.kill_and_restart_after(|| Ok(()))
+    }
+
+    /// The same, and does something while it is dead.
+    pub fn kill_and_restart_after(&mut self, meanwhile: impl FnOnce() -> Result<()>) -> Result<Duration> {
         let start = Instant::now();
         self.process.kill()?;
+        meanwhile()?;
         self.process = serve(&self.vhostd, &self.host, self.dir.path())?;
         self.wait_until_up()?;
         Ok(start.elapsed())

@@ -66,7 +66,7 @@ fn bad_requests(foreign: &Path, one: &str) -> Vec<(&'static str, String, String)
         "{\"spec\":1e400}".into(),
         r#"{"spec":{}}"#.into(),
         r#"{"spec":{"mtu":18446744073709551616}}"#.into(),
-        r#"{"spec":{"to":{"kind":"ovs","bridge":"br-int"}}}"#.into(),
+        r#"{"spec":{"to":{"kind":"ovs","bridge":"br/int"}}}"#.into(),
         r#"{"spec":{"to":{"kind":"bridge","bridge":"lo"}}}"#.into(),
         r#"{"spec":{"to":{"kind":"tap","tap":"lo"}}}"#.into(),
         r#"{"spec":{"unknown":1}}"#.into(),

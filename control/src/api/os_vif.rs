@@ -19,7 +19,7 @@ use crate::status::Plug;
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct OsVifRequest {
-    /// A VIFVHostUser, 1.0 or 1.1.
+    /// A VIFVHostUser or VIFOpenVSwitch.
     #[schema(value_type = Object)]
     vif: Value,
     /// An InstanceInfo.
@@ -39,7 +39,7 @@ pub(super) async fn plug(
     Params(params): Params<PlugParams>,
     Body(request): Body<OsVifRequest>,
 ) -> Result<(StatusCode, Json<Plug>), Problem> {
-    let (id, spec) = osvif::plug_of(&decoded(&request)?.vif)?;
+    let (id, spec) = osvif::plug_of(&decoded(&request)?)?;
     ensure(&daemon, caller, id, spec, &params).await
 }
 

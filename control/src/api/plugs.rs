@@ -125,10 +125,6 @@ impl From<PlugError> for Problem {
         let detail = error.to_string();
         match error {
             PlugError::Spec(spec) => {
-                let kind = match spec {
-                    SpecError::Ovs(_) => Kind::Unsupported,
-                    _ => Kind::Invalid,
-                };
                 let hint = match spec {
                     SpecError::Empty => Some(
                         "spec.socket, spec.to or both; on the command line --listen, --connect, --frontend-listen, --frontend-connect, --to"
@@ -136,7 +132,7 @@ impl From<PlugError> for Problem {
                     ),
                     _ => None,
                 };
-                Self { field: spec.field().map(str::to_owned), hint, ..Self::new(kind, detail) }
+                Self { field: spec.field().map(str::to_owned), hint, ..Self::new(Kind::Invalid, detail) }
             }
             PlugError::Differs { id, fields } => {
                 let field = fields.first().map(|field| format!("spec.{field}"));

@@ -5,8 +5,10 @@ use std::sync::Arc;
 
 use dataplane::{Dataplane, Link, PortId, PortSpec};
 use hostnet::{HostNet, TapSpec};
+use tokio::sync::watch;
 use vhost_user::{Access, Endpoint};
 
+use super::ovs::OpenVSwitch;
 use crate::names::Name;
 use crate::spec::{PlugSpec, Role, Socket, To};
 use crate::status::{Status, Whose};
@@ -50,6 +52,9 @@ pub enum StepError {
     /// The host's network.
     #[error("{}", with_causes(.0))]
     Host(#[from] hostnet::Error),
+    /// Open vSwitch.
+    #[error(transparent)]
+    Ovs(#[from] ovsdb::Error),
     /// The socket.
     #[error("{}", with_causes(.0))]
     Socket(vhost_user::EndpointError),
@@ -62,7 +67,7 @@ impl StepError {
     /// Who has to do something about it.
     pub fn whose(&self) -> Whose {
         match self {
-            Self::Directory { .. } | Self::Host(_) | Self::Socket(_) => Whose::Host,
+            Self::Directory { .. } | Self::Host(_) | Self::Ovs(_) | Self::Socket(_) => Whose::Host,
             Self::Dataplane(_) => Whose::Vhostd,
         }
     }
@@ -94,6 +99,7 @@ impl StepError {
                     | Host::WrongKind { .. }
                     | Host::Enslaved { .. }
             ),
+            Self::Ovs(error) => error.is_conflict(),
             Self::Socket(error) => {
                 matches!(
                     error,
@@ -125,28 +131,68 @@ fn with_causes(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// The two worlds that the steps act on.
+/// The worlds that the steps act on.
 pub(super) struct Steps {
     dataplane: Arc<Dataplane>,
     host: HostNet,
+    ovs: OpenVSwitch,
     rules: SocketRules,
     /// Held from making a bridge until the TAP is in it: nobody removes an empty bridge meanwhile.
     bridges: tokio::sync::Mutex<()>,
 }
 
 impl Steps {
-    pub(super) fn new(dataplane: Arc<Dataplane>, host: HostNet, rules: SocketRules) -> Self {
-        Self { dataplane, host, rules, bridges: tokio::sync::Mutex::default() }
+    pub(super) fn new(
+        dataplane: Arc<Dataplane>,
+        host: HostNet,
+        ovs: ovsdb::Address,
+        rules: SocketRules,
+    ) -> Self {
+        Self { dataplane, host, ovs: OpenVSwitch::new(ovs), rules, bridges: tokio::sync::Mutex::default() }
     }
 
-    /// Takes every step. A failure takes back the ports; the host's part stays, because the plug may be wanted still, and
-    /// a TAP that is in a bridge must never be made anew: whoever gives the plug up detaches it.
+    /// What can be known before anything is done: that there is an Open vSwitch, if the plug needs one. Without it, taking
+    /// back what was done would have to wait for it.
+    pub(super) async fn check(&self, spec: &PlugSpec) -> Result<(), StepError> {
+        match spec.ovs() {
+            Some(ovs) => self.ovs.check(&self.host, ovs).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Takes every step but those of [`join`](Self::join). A failure takes back the ports; the host's part stays, because
+    /// the plug may be wanted still, and a TAP that is in a bridge must never be made anew: whoever gives the plug up
+    /// detaches it.
     pub(super) async fn attach(&self, id: &Name, spec: &PlugSpec) -> Result<Vec<PortId>, StepError> {
         let mut ports = Vec::new();
         let attached = self.attach_all(id, spec, &mut ports).await;
         let Err(error) = attached else { return Ok(ports) };
         self.remove_ports(ports).await;
         Err(error)
+    }
+
+    /// Takes the steps that others have a part in, once the ports are there: a switch that does not answer keeps no port
+    /// waiting that it serves already. True if something was missing.
+    pub(super) async fn join(&self, id: &Name, spec: &PlugSpec) -> Result<bool, StepError> {
+        match spec.ovs() {
+            Some(ovs) => self.ovs.ensure(&self.host, id, spec, ovs).await,
+            None => Ok(false),
+        }
+    }
+
+    /// Whether somebody else has undone a step of [`join`](Self::join).
+    pub(super) fn is_amiss(&self, id: &Name, spec: &PlugSpec) -> bool {
+        spec.ovs().is_some_and(|ovs| self.ovs.is_amiss(id, ovs))
+    }
+
+    /// Tells when a plug may be amiss; the first who asks for a plug that can be has to call [`follow`](Self::follow).
+    pub(super) fn changes(&self, spec: &PlugSpec) -> Option<watch::Receiver<u64>> {
+        (spec.ovs().is_some() && self.ovs.must_be_followed()).then(|| self.ovs.changes())
+    }
+
+    /// Follows what others do, for ever.
+    pub(super) async fn follow(&self) {
+        self.ovs.follow().await;
     }
 
     /// Undoes every step. What is not there is undone already.
@@ -161,19 +207,21 @@ impl Steps {
     }
 
     /// How far the plug's ports have come.
-    pub(super) fn status(&self, spec: &PlugSpec, ports: &[PortId]) -> Status {
+    pub(super) fn status(&self, id: &Name, spec: &PlugSpec, ports: &[PortId]) -> Status {
         let reports: Vec<_> = ports.iter().filter_map(|port| self.dataplane.port(*port)).collect();
         if reports.len() < ports.len() {
             return Status::pending(Whose::Vhostd, "the dataplane has lost a port");
         }
-        Status::of_ports(spec, &reports)
+        let missing = spec.ovs().map(|ovs| self.ovs.missing(id, spec, ovs)).unwrap_or_default();
+        Status::of_ports(spec, &reports).and(missing)
     }
 
     async fn attach_all(&self, id: &Name, spec: &PlugSpec, ports: &mut Vec<PortId>) -> Result<(), StepError> {
         let endpoint = spec.socket.as_ref().map(|socket| self.endpoint(socket)).transpose()?;
         let (network, mtu) = (spec.network_of(id), spec.mtu_bytes());
-        if let Some(to) = &spec.to {
-            let link = self.ensure_host_side(id, spec, to).await?;
+        if let Some(to) = &spec.to
+            && let Some(link) = self.ensure_host_side(id, spec, to).await?
+        {
             // One name a port: the socket's port bears the plug's, if there is a socket.
             let name = if spec.socket.is_some() { format!("{id}:tap") } else { id.to_string() };
             ports.push(self.add_port(PortSpec { name, network: network.clone(), mtu, link }).await?);
@@ -190,36 +238,38 @@ impl Steps {
         Ok(())
     }
 
-    async fn ensure_host_side(&self, id: &Name, spec: &PlugSpec, to: &To) -> Result<Link, StepError> {
-        let name = to.tap(id).to_string();
-        let tap = TapSpec {
-            name: name.clone(),
-            owner: id.to_string(),
-            queues: spec.tap_queues(),
-            mtu: Some(spec.mtu_bytes().into()),
-            address: match to {
-                To::Tap { mac, .. } => mac.map(|mac| mac.0),
-                _ => None,
-            },
-            persistent: true,
-            // Only a TAP asked for by its own name may be an administrator's.
-            adopt: matches!(to, To::Tap { .. }),
-        };
-        let tap = self.host.ensure_tap(&tap).await?;
+    /// The TAP, and its place in a Linux bridge. Nothing to forward for if the TAP is the guest's.
+    async fn ensure_host_side(&self, id: &Name, spec: &PlugSpec, to: &To) -> Result<Option<Link>, StepError> {
+        let tap = tap_spec(id, spec, to);
+        if let Some(guest) = spec.kernel_guest() {
+            if guest.make_tap {
+                self.host.ensure_idle_tap(&tap).await?;
+            }
+            return Ok(None);
+        }
+        let queues = self.host.ensure_tap(&tap).await?.queues;
         if let To::Bridge { bridge, .. } = to {
             let _nobody_removes_it = self.bridges.lock().await;
             self.host.ensure_bridge(bridge.as_str()).await?;
-            self.host.enslave(&name, bridge.as_str()).await?;
+            self.host.enslave(&tap.name, bridge.as_str()).await?;
         }
-        Ok(Link::Tap { queues: tap.queues })
+        Ok(Some(Link::Tap { queues }))
     }
 
+    /// The TAP goes last out of Open vSwitch, which holds it by its number, and first out of a Linux bridge, which lets it go.
     async fn remove_host_side(&self, id: &Name, spec: &PlugSpec) -> Result<(), StepError> {
         let Some(to) = &spec.to else { return Ok(()) };
+        if let To::Ovs(ovs) = to {
+            self.ovs.remove_port(id, ovs).await?;
+        }
         self.host.remove_tap(to.tap(id).as_str(), id.as_str()).await?;
-        if let To::Bridge { bridge, .. } = to {
-            let _nobody_joins_it = self.bridges.lock().await;
-            self.host.remove_bridge(bridge.as_str()).await?;
+        match to {
+            To::Tap { .. } => {}
+            To::Bridge { bridge, .. } => {
+                let _nobody_joins_it = self.bridges.lock().await;
+                self.host.remove_bridge(bridge.as_str()).await?;
+            }
+            To::Ovs(ovs) => self.ovs.remove_bridge(ovs).await?,
         }
         Ok(())
     }
@@ -254,5 +304,23 @@ impl Steps {
         tokio::task::spawn_blocking(move || call(&dataplane))
             .await
             .expect("the dataplane's calls do not panic")
+    }
+}
+
+fn tap_spec(id: &Name, spec: &PlugSpec, to: &To) -> TapSpec {
+    TapSpec {
+        name: to.tap(id).to_string(),
+        owner: id.to_string(),
+        queues: spec.tap_queues(),
+        mtu: Some(spec.mtu_bytes().into()),
+        address: match to {
+            To::Tap { mac, .. } => mac.map(|mac| mac.0),
+            // The guest's card itself.
+            To::Ovs(ovs) if ovs.guest.is_some() => spec.mac.map(|mac| mac.0),
+            _ => None,
+        },
+        persistent: true,
+        // Only a TAP asked for by its own name may be an administrator's.
+        adopt: matches!(to, To::Tap { .. }),
     }
 }

@@ -102,7 +102,12 @@ impl Table {
     }
 
     pub(super) fn attached(&self, id: &Name, ports: Vec<PortId>) {
-        self.change(id, |entry| (entry.ports, entry.fault) = (Some(ports), None));
+        self.change(id, |entry| entry.ports = Some(ports));
+    }
+
+    /// Every step has succeeded.
+    pub(super) fn settled(&self, id: &Name) {
+        self.change(id, |entry| entry.fault = None);
     }
 
     /// The ports that it had.
@@ -151,10 +156,10 @@ impl Table {
 fn examine(entries: &BTreeMap<Name, Entry>, id: &Name, spec: &PlugSpec) -> Result<Admission, PlugError> {
     if let Some(entry) = entries.get(id).filter(|e| e.record.intent == Intent::Plugged) {
         let fields = entry.record.spec.differences(spec);
-        return match (fields.is_empty(), &entry.ports) {
-            (false, _) => Err(PlugError::Differs { id: id.clone(), fields }),
-            (true, Some(_)) => Ok(Admission::Present),
-            (true, None) => Ok(Admission::Unfinished),
+        return match (fields.is_empty(), &entry.ports, &entry.fault) {
+            (false, ..) => Err(PlugError::Differs { id: id.clone(), fields }),
+            (true, Some(_), None) => Ok(Admission::Present),
+            (true, ..) => Ok(Admission::Unfinished),
         };
     }
     if entries.len() >= PLUGS_MAX {

@@ -30,7 +30,9 @@ fn plugs(dir: &std::path::Path) -> Arc<Plugs> {
     };
     let dataplane = Arc::new(Dataplane::start(config).unwrap());
     let store = Store::open(dir).unwrap();
-    Arc::new(Plugs::new(dataplane, HostNet::open().unwrap(), SocketRules::default(), store, Arc::default()))
+    let ovs = "unix:/nowhere/db.sock".parse().unwrap();
+    let host = HostNet::open().unwrap();
+    Arc::new(Plugs::new(dataplane, host, ovs, SocketRules::default(), store, Arc::default()))
 }
 
 fn kinds(events: &Events) -> Vec<EventKind> {

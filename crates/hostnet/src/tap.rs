@@ -74,6 +74,31 @@ impl HostNet {
         }
     }
 
+    /// The same for a TAP that somebody else opens, a guest's VMM: it is made persistent with as many queues as it may have,
+    /// and left. One that is there may be in use. Gives its number.
+    ///
+    /// # Errors
+    /// As [`ensure_tap`](Self::ensure_tap), but for those about holders.
+    pub async fn ensure_idle_tap(&self, spec: &TapSpec) -> Result<u32, Error> {
+        check(spec)?;
+        let Some(link) = self.link(&spec.name).await? else {
+            let made = TapSpec { persistent: true, ..spec.clone() };
+            return Ok(self.create_tap(&made).await?.ifindex);
+        };
+        let Kind::Tap(tun) = link.kind else {
+            return Err(Error::WrongKind { name: link.name, kind: link.kind, wanted: "a TAP" });
+        };
+        is_ours(spec, link.alias.as_deref())?;
+        if spec.queues > 1 && !tun.multi_queue {
+            return Err(Error::OneQueue { name: link.name, queues: spec.queues });
+        }
+        if let Some(mtu) = spec.mtu.filter(|&mtu| mtu != link.mtu) {
+            self.change("set the MTU of", &link, |message| message.mtu(mtu)).await?;
+        }
+        self.set_up(&link).await?;
+        Ok(link.ifindex)
+    }
+
     /// Removes the TAP if it was made for the plug `owner`. False if there is none, or if it was not.
     ///
     /// # Errors

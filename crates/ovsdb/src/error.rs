@@ -79,20 +79,6 @@ pub enum Error {
         /// What was asked for.
         wanted: String,
     },
-    /// This Open vSwitch cannot have such a bridge.
-    #[error(
-        "this Open vSwitch has no datapath_type {wanted} (it has: {}) for bridge {bridge}: load the kernel module \
-         openvswitch for system, or ask for another",
-        available.join(", ")
-    )]
-    NoDatapath {
-        /// The bridge.
-        bridge: String,
-        /// What was asked for.
-        wanted: String,
-        /// What there is.
-        available: Vec<String>,
-    },
     /// The port is somewhere else.
     #[error(
         "port {port} is in Open vSwitch bridge {found}, not in {wanted}: remove it there, or give another name"

@@ -39,4 +39,4 @@ pub use client::Client;
 pub use connection::Address;
 pub use error::Error;
 pub use monitor::{Interface, Monitor, View};
-pub use switch::{BRIDGE_MARK, DatapathType, PORT_MARK, PortSpec, Switch};
+pub use switch::{BRIDGE_MARK, DatapathType, Device, PORT_MARK, PortSpec, Switch};

@@ -12,8 +12,10 @@ use tracing::info;
 use crate::value::{self, Row};
 use crate::{Client, Error};
 
-/// For ovs-vswitchd to take up a change.
-const APPLY_LIMIT: Duration = Duration::from_secs(10);
+/// For ovs-vswitchd to take up a port.
+const APPLY_LIMIT: Duration = Duration::from_secs(6);
+/// For it to let go of one. Should it take longer, the next port of that name waits for it.
+const RELEASE_LIMIT: Duration = Duration::from_secs(2);
 /// Attempts of a change that others get in the way of.
 const ATTEMPTS: u32 = 5;
 
@@ -22,13 +24,17 @@ pub const BRIDGE_MARK: &str = "vhostd";
 /// Key in the `external_ids` of a port that we made or took over; its value is the plug.
 pub const PORT_MARK: &str = "vhostd-plug";
 
+/// Key beside it: number of the device that the port was made for.
+const DEVICE_MARK: &str = "vhostd-ifindex";
+
 /// Frames tagged with this VLAN go nowhere: Neutron's "dead VLAN", which a port is in until an agent has set it up.
 const DEAD_VLAN: u16 = 4095;
 
 /// Where a bridge's frames are forwarded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DatapathType {
     /// In the kernel.
+    #[default]
     System,
     /// In ovs-vswitchd itself.
     Netdev,
@@ -55,8 +61,10 @@ impl fmt::Display for DatapathType {
 pub struct PortSpec {
     /// Its bridge, made if it is not there.
     pub bridge: String,
-    /// What the bridge has to be; `None`: whatever it is, and one that is made is in the kernel if that is possible.
+    /// What the bridge has to be; `None`: whatever it is.
     pub datapath_type: Option<DatapathType>,
+    /// What a bridge is made as, if that is left to us.
+    pub datapath_default: DatapathType,
     /// Name of the port, of its only interface, and of the device unless `kind` says otherwise.
     pub name: String,
     /// The plug that needs it.
@@ -71,8 +79,20 @@ pub struct PortSpec {
     pub mtu: Option<u16>,
     /// Whether a port that is made starts in the dead VLAN.
     pub isolated: bool,
-    /// Number of the device that the switch must have open, if it is one of the host.
-    pub ifindex: Option<u32>,
+    /// What the switch is to open.
+    pub device: Device,
+}
+
+/// The device behind an interface.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Device {
+    /// The switch makes it.
+    #[default]
+    Own,
+    /// The host's device of this number. Names are taken over, numbers are not.
+    Host(u32),
+    /// Somebody will make it: a port that is not open yet is as good as one that is.
+    ToCome,
 }
 
 /// A running Open vSwitch.
@@ -84,13 +104,29 @@ pub struct Switch {
 /// What the database says of a port before a change.
 #[derive(Debug, Default)]
 struct Found {
-    /// Row of Open_vSwitch.
-    root: Row,
     bridge: Option<Row>,
     port: Option<Row>,
     interface: Option<Row>,
     /// Name of the bridge that the port is in.
     port_bridge: Option<String>,
+    /// The configuration's generation (`next_cfg`).
+    generation: i64,
+}
+
+impl Found {
+    /// Whether the switch has a device open that had the name before. It lets go of one only if the port is away for a whole
+    /// configuration, and shows nothing of it: not even `Interface.ifindex` can be trusted, which is looked up by name. So
+    /// the number is kept with the port.
+    fn is_stale(&self, spec: &PortSpec) -> bool {
+        let (Device::Host(now), Some(port)) = (spec.device, &self.port) else { return false };
+        let marked = value::pairs(port, "external_ids").remove(DEVICE_MARK);
+        let shown =
+            || self.interface.as_ref().and_then(|row| value::integer(row, "ifindex")).filter(|i| *i > 0);
+        match marked {
+            Some(number) => number != now.to_string(),
+            None => shown().is_some_and(|number| number != i64::from(now)),
+        }
+    }
 }
 
 impl Switch {
@@ -112,64 +148,60 @@ impl Switch {
         Ok(self.look("", bridge).await?.bridge.is_some())
     }
 
-    /// Makes the bridge if it is not there. False if it was.
+    /// Makes the bridge of such a port if it is not there. False if it was.
     ///
     /// # Errors
-    /// [`Error::DatapathType`], [`Error::NoDatapath`]; [`Error::Unapplied`]; those of a connection.
-    pub async fn ensure_bridge(&self, bridge: &str, wanted: Option<DatapathType>) -> Result<bool, Error> {
-        let spec = PortSpec { bridge: bridge.into(), datapath_type: wanted, ..PortSpec::default() };
+    /// [`Error::DatapathType`]; [`Error::Unapplied`]; those of a connection.
+    pub async fn ensure_bridge(&self, spec: &PortSpec) -> Result<bool, Error> {
+        let bridge = &spec.bridge;
         for _ in 0..ATTEMPTS {
-            let found = self.look("", bridge).await?;
-            let (_, operations) = bridge_operations(&found, &spec)?;
+            let (_, operations) = bridge_operations(&self.look("", bridge).await?, spec)?;
             if operations.is_empty() {
                 return Ok(false);
             }
-            if self.change(bridge, operations).await? {
+            if let Some(generation) = self.commit(operations).await? {
+                self.wait_until_applied(bridge, generation, APPLY_LIMIT).await?;
                 info!(bridge, "Open vSwitch bridge made");
                 return Ok(true);
             }
         }
-        Err(Error::Raced { port: bridge.into() })
+        Err(Error::Raced { port: bridge.clone() })
     }
 
     /// Makes the bridge and the port if they are not there, corrects the columns that the spec names, and waits until the
     /// switch has the port open. False if nothing was changed.
     ///
     /// # Errors
-    /// [`Error::DatapathType`], [`Error::NoDatapath`], [`Error::OtherBridge`], [`Error::OtherOwner`]; [`Error::Port`],
+    /// [`Error::DatapathType`], [`Error::OtherBridge`], [`Error::OtherOwner`]; [`Error::Port`],
     /// [`Error::Unapplied`]: the rows stay then; those of a connection.
     pub async fn ensure_port(&self, spec: &PortSpec) -> Result<bool, Error> {
-        let mut changed = false;
+        let (name, mut changed) = (&spec.name, false);
         for _ in 0..ATTEMPTS {
-            let found = self.look(&spec.name, &spec.bridge).await?;
+            let found = self.look(name, &spec.bridge).await?;
             let operations = port_operations(&found, spec)?;
-            let interface = match found.interface {
-                // Untouched, and the switch has it open.
-                Some(interface) if operations.is_empty() && opened(&interface, spec).is_ok() => interface,
-                // Right, but not open: the switch may be about to, so it is asked for a sign.
-                _ => {
-                    changed = true;
-                    if !self.change(&spec.name, operations).await? {
-                        continue;
-                    }
-                    let found = self.look(&spec.name, &spec.bridge).await?;
-                    let Some(interface) = found.interface else { continue };
-                    interface
-                }
-            };
-            if is_stale(&interface, spec) {
-                // ovs-vswitchd holds the device that had this name before. It lets go of it only if the port is away
-                // for a whole configuration.
-                self.remove(&spec.bridge, &spec.name).await?;
+            if found.is_stale(spec) {
+                self.remove(&spec.bridge, name).await?;
+                changed = true;
                 continue;
             }
-            opened(&interface, spec)?;
-            if changed {
-                info!(port = spec.name, bridge = spec.bridge, "port of Open vSwitch");
+            if operations.is_empty() && found.interface.as_ref().is_some_and(|row| opened(row, spec).is_ok())
+            {
+                return Ok(changed);
             }
+            if found.port.is_none() {
+                // A port of this name that went just now has to be gone for the switch, too, before it comes again.
+                self.wait_until_applied(name, found.generation, APPLY_LIMIT).await?;
+            }
+            changed |= !operations.is_empty();
+            // Without operations it is asked for a sign: a port that is right, but not open, may be about to be.
+            let Some(generation) = self.commit(operations).await? else { continue };
+            self.wait_until_applied(name, generation, APPLY_LIMIT).await?;
+            let Some(interface) = self.look(name, &spec.bridge).await?.interface else { continue };
+            opened(&interface, spec)?;
+            info!(port = name, bridge = spec.bridge, "port of Open vSwitch");
             return Ok(changed);
         }
-        Err(Error::Raced { port: spec.name.clone() })
+        Err(Error::Raced { port: name.clone() })
     }
 
     /// Removes the port if it is in the bridge and bears the plug's mark. False if it was not removed. The switch has let go
@@ -188,11 +220,12 @@ impl Switch {
         Ok(true)
     }
 
-    /// Removes the bridge if we made it and it has no ports but its own. False if it was not removed.
+    /// Removes the bridge if we made it and it has no ports but its own, or, if it is `given_up`, whoever made it and whatever
+    /// is in it. False if it was not removed.
     ///
     /// # Errors
     /// Those of a connection.
-    pub async fn remove_bridge(&self, bridge: &str) -> Result<bool, Error> {
+    pub async fn remove_bridge(&self, bridge: &str, given_up: bool) -> Result<bool, Error> {
         let columns = json!(["_uuid", "ports", "external_ids"]);
         let select =
             json!({"op": "select", "table": "Bridge", "where": [["name", "==", bridge]], "columns": columns});
@@ -201,7 +234,8 @@ impl Switch {
             return Ok(false);
         };
         let ports = value::uuids(&row, "ports");
-        if ports.len() > 1 || !value::pairs(&row, "external_ids").contains_key(BRIDGE_MARK) {
+        let ours = value::pairs(&row, "external_ids").contains_key(BRIDGE_MARK);
+        if !given_up && (ports.len() > 1 || !ours) {
             return Ok(false);
         }
         let Some(uuid) = value::uuids(&row, "_uuid").pop() else { return Ok(false) };
@@ -211,12 +245,10 @@ impl Switch {
                    "columns": ["ports"], "rows": [unchanged], "timeout": 0}),
             mutate("Open_vSwitch", &[], "bridges", "delete", &value::set([value::uuid(&uuid)])),
         ];
-        let removed = self.change(bridge, operations).await;
-        let removed = tolerate_absent_switch(removed)?;
-        if removed {
-            info!(bridge, "Open vSwitch bridge removed");
-        }
-        Ok(removed)
+        let Some(generation) = self.commit(operations).await? else { return Ok(false) };
+        self.wait_until_released(bridge, generation).await?;
+        info!(bridge, "Open vSwitch bridge removed");
+        Ok(true)
     }
 
     async fn remove(&self, bridge: &str, name: &str) -> Result<(), Error> {
@@ -229,35 +261,30 @@ impl Switch {
             let whose = [json!(["name", "==", bridge])];
             let operations =
                 vec![mutate("Bridge", &whose, "ports", "delete", &value::set([value::uuid(&port)]))];
-            if tolerate_absent_switch(self.change(name, operations).await)? {
-                return Ok(());
-            }
+            let Some(generation) = self.commit(operations).await? else { continue };
+            return self.wait_until_released(name, generation).await;
         }
         Err(Error::Raced { port: name.into() })
     }
 
     async fn look(&self, port: &str, bridge: &str) -> Result<Found, Error> {
-        let select = |table: &str, name: &str, columns: &[&str]| json!({"op": "select", "table": table, "where": [["name", "==", name]], "columns": columns});
-        let root = json!({"op": "select", "table": "Open_vSwitch", "where": [],
-                          "columns": ["_uuid", "datapath_types", "external_ids"]});
+        let select = |table: &str, name: &str, columns: &[&str]| {
+            let whose = json!([["name", "==", name]]);
+            json!({"op": "select", "table": table, "where": whose, "columns": columns})
+        };
         let interface =
             ["_uuid", "type", "options", "external_ids", "mtu_request", "ofport", "error", "ifindex"];
         let operations = vec![
-            root,
             select("Bridge", bridge, &["_uuid", "datapath_type", "external_ids"]),
             select("Port", port, &["_uuid", "interfaces", "external_ids"]),
             select("Interface", port, &interface),
+            json!({"op": "select", "table": "Open_vSwitch", "where": [], "columns": ["next_cfg"]}),
         ];
         let answers = self.client.transact(operations, Duration::ZERO).await?;
         let mut first = answers.iter().map(|answer| rows(answer).into_iter().next());
         let mut next = || first.next().flatten();
-        let mut found = Found {
-            root: next().unwrap_or_default(),
-            bridge: next(),
-            port: next(),
-            interface: next(),
-            port_bridge: None,
-        };
+        let mut found = Found { bridge: next(), port: next(), interface: next(), ..Found::default() };
+        found.generation = next().and_then(|root| value::integer(&root, "next_cfg")).unwrap_or_default();
         if let Some(uuid) = found.port.as_ref().and_then(|port| value::uuids(port, "_uuid").pop()) {
             let holder = json!({"op": "select", "table": "Bridge", "columns": ["name"],
                                 "where": [["ports", "includes", value::set([value::uuid(&uuid)])]]});
@@ -268,8 +295,9 @@ impl Switch {
         Ok(found)
     }
 
-    /// Makes a change and waits until the switch has taken it up. False if somebody else changed the same rows first.
-    async fn change(&self, port: &str, mut operations: Vec<Value>) -> Result<bool, Error> {
+    /// Makes a change that the switch is to take up, and gives its generation (`next_cfg`). `None` if somebody else changed
+    /// the same rows first.
+    async fn commit(&self, mut operations: Vec<Value>) -> Result<Option<i64>, Error> {
         operations.push(mutate("Open_vSwitch", &[], "next_cfg", "+=", &json!(1)));
         operations
             .push(json!({"op": "select", "table": "Open_vSwitch", "where": [], "columns": ["next_cfg"]}));
@@ -280,37 +308,35 @@ impl Switch {
                 if ["constraint violation", "referential integrity violation", "timed out"]
                     .contains(&error.as_str()) =>
             {
-                return Ok(false);
+                return Ok(None);
             }
             Err(error) => return Err(error),
         };
-        let root =
-            answers.iter().rev().find_map(|answer| rows(answer).into_iter().next()).unwrap_or_default();
-        let next = value::integer(&root, "next_cfg").unwrap_or_default();
-        self.wait_until_applied(port, next).await?;
-        Ok(true)
+        let root = answers.iter().rev().find_map(|answer| rows(answer).into_iter().next());
+        Ok(Some(root.and_then(|root| value::integer(&root, "next_cfg")).unwrap_or_default()))
     }
 
-    /// Waits until `cur_cfg` has come to `next`. The server does the waiting (RFC 7047 §5.2.6).
-    async fn wait_until_applied(&self, port: &str, next: i64) -> Result<(), Error> {
-        let limit = u64::try_from(APPLY_LIMIT.as_millis()).unwrap_or(u64::MAX);
-        let wait = json!({"op": "wait", "table": "Open_vSwitch", "where": [["cur_cfg", ">=", next]], "until": "!=",
-                          "columns": ["_uuid"], "rows": [], "timeout": limit});
-        match self.client.transact(vec![wait], APPLY_LIMIT).await {
+    /// Waits until the switch has taken up the configuration of this generation (`cur_cfg`). The server does the waiting
+    /// (RFC 7047 §5.2.6).
+    async fn wait_until_applied(&self, port: &str, generation: i64, limit: Duration) -> Result<(), Error> {
+        let timeout = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        let wait = json!({"op": "wait", "table": "Open_vSwitch", "where": [["cur_cfg", ">=", generation]],
+                          "until": "!=", "columns": ["_uuid"], "rows": [], "timeout": timeout});
+        match self.client.transact(vec![wait], limit).await {
             Ok(_) => Ok(()),
             Err(Error::Refused { error, .. }) if error == "timed out" => {
-                Err(Error::Unapplied { port: port.into(), limit: APPLY_LIMIT })
+                Err(Error::Unapplied { port: port.into(), limit })
             }
             Err(error) => Err(error),
         }
     }
-}
 
-/// A switch that does not run has let go of everything.
-fn tolerate_absent_switch(removed: Result<bool, Error>) -> Result<bool, Error> {
-    match removed {
-        Err(Error::Unapplied { .. }) => Ok(true),
-        removed => removed,
+    /// The same for something that was removed: a switch that does not run has let go of everything.
+    async fn wait_until_released(&self, name: &str, generation: i64) -> Result<(), Error> {
+        match self.wait_until_applied(name, generation, RELEASE_LIMIT).await {
+            Err(Error::Unapplied { .. }) => Ok(()),
+            applied => applied,
+        }
     }
 }
 
@@ -329,7 +355,7 @@ fn bridge_operations(found: &Found, spec: &PortSpec) -> Result<(Value, Vec<Value
             _ => Ok((value::uuid(&uuid), Vec::new())),
         };
     }
-    let kind = datapath_type(found, spec)?.name();
+    let kind = spec.datapath_type.unwrap_or(spec.datapath_default).name();
     let bridge = &spec.bridge;
     // A bridge has a port of its own, which the host sees as a link of the bridge's name.
     let operations = vec![
@@ -343,21 +369,6 @@ fn bridge_operations(found: &Found, spec: &PortSpec) -> Result<(Value, Vec<Value
         mutate("Open_vSwitch", &[], "bridges", "insert", &value::set([value::named("bridge")])),
     ];
     Ok((value::named("bridge"), operations))
-}
-
-/// The datapath of a bridge that is to be made.
-fn datapath_type(found: &Found, spec: &PortSpec) -> Result<DatapathType, Error> {
-    let available = value::texts(&found.root, "datapath_types");
-    let has = |kind: DatapathType| available.iter().any(|name| name == kind.name());
-    match spec.datapath_type {
-        // A switch that has not started yet has not said what it has.
-        Some(wanted) if available.is_empty() || has(wanted) => Ok(wanted),
-        Some(wanted) => {
-            Err(Error::NoDatapath { bridge: spec.bridge.clone(), wanted: wanted.to_string(), available })
-        }
-        None if available.is_empty() || has(DatapathType::System) => Ok(DatapathType::System),
-        None => Ok(DatapathType::Netdev),
-    }
 }
 
 /// What it takes to have the port. Empty if all is as it should be.
@@ -381,10 +392,7 @@ fn port_operations(found: &Found, spec: &PortSpec) -> Result<Vec<Value>, Error> 
     if let Some(owner) = owner {
         return Err(Error::OtherOwner { port: spec.name.clone(), bridge: spec.bridge.clone(), owner });
     }
-    if mark.is_none() {
-        let marked = BTreeMap::from([(PORT_MARK.to_owned(), spec.owner.clone())]);
-        operations.extend(set_pairs("Port", port, "external_ids", &marked));
-    }
+    operations.extend(set_pairs("Port", port, "external_ids", &marks(spec)));
     operations.extend(set_pairs("Interface", interface, "external_ids", &spec.external_ids));
     operations.extend(set_pairs("Interface", interface, "options", &spec.options));
     if let Some(mtu) = spec.mtu.filter(|mtu| value::integer(interface, "mtu_request") != Some((*mtu).into()))
@@ -406,7 +414,7 @@ fn new_port(bridge: &Value, spec: &PortSpec) -> Vec<Value> {
         interface["mtu_request"] = mtu.into();
     }
     let mut port = json!({"name": spec.name, "interfaces": value::named("interface"),
-                          "external_ids": value::map([(PORT_MARK, spec.owner.as_str())])});
+                          "external_ids": pairs(&marks(spec))});
     if spec.isolated {
         port["tag"] = DEAD_VLAN.into();
         port["vlan_mode"] = "trunk".into();
@@ -457,22 +465,32 @@ fn rows(answer: &Row) -> Vec<Row> {
     rows.iter().filter_map(|row| row.as_object().cloned()).collect()
 }
 
+/// What we write about a port beside its interface.
+fn marks(spec: &PortSpec) -> BTreeMap<String, String> {
+    let mut marks = BTreeMap::from([(PORT_MARK.to_owned(), spec.owner.clone())]);
+    if let Device::Host(number) = spec.device {
+        marks.insert(DEVICE_MARK.to_owned(), number.to_string());
+    }
+    marks
+}
+
 fn mark_of(port: &Row) -> Option<String> {
     value::pairs(port, "external_ids").remove(PORT_MARK)
 }
 
 /// Whether the switch has the port open. It says -1 or nothing where it has not.
 fn opened(interface: &Row, spec: &PortSpec) -> Result<(), Error> {
+    if spec.device == Device::ToCome {
+        return Ok(());
+    }
     let cause = match (value::text(interface, "error"), value::integer(interface, "ofport")) {
         (Some(error), _) => error.to_owned(),
         (None, Some(1..)) => return Ok(()),
-        (None, _) => "it gave the port no number (see ovs-vswitchd's log)".into(),
+        (None, _) => {
+            "it gave the port no number, its log says why (a bridge of datapath_type system needs the kernel \
+                      module openvswitch)"
+                .into()
+        }
     };
     Err(Error::Port { port: spec.name.clone(), bridge: spec.bridge.clone(), cause })
-}
-
-/// Whether the switch has another device open than the one that bears the name now.
-fn is_stale(interface: &Row, spec: &PortSpec) -> bool {
-    let held = value::integer(interface, "ifindex").filter(|held| *held > 0);
-    matches!((held, spec.ifindex), (Some(held), Some(now)) if held != i64::from(now))
 }

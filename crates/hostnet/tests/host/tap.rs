@@ -57,6 +57,30 @@ fn tap_outlives_its_queues_and_is_attached_to_again() {
 }
 
 #[test]
+fn idle_tap_is_for_others_to_open() {
+    run("tap::idle_tap_is_for_others_to_open", async |net| {
+        let wide = TapSpec { queues: 2, address: Some([2, 0, 0, 0, 0, 1]), ..spec("t0") };
+        let ifindex = net.ensure_idle_tap(&wide).await.unwrap();
+        let link = net.link("t0").await.unwrap().unwrap();
+        assert_eq!((link.carrier, link.up, link.mtu), (false, true, 1400));
+        assert_eq!(link.address, [2, 0, 0, 0, 0, 1]);
+        let held = TapQueue::open("t0", true).unwrap();
+        sh("ip link set t0 mtu 1300 down");
+        assert_eq!(net.ensure_idle_tap(&wide).await.unwrap(), ifindex, "held by its guest");
+        let link = net.link("t0").await.unwrap().unwrap();
+        assert_eq!((link.up, link.mtu), (true, 1400));
+        drop(held);
+
+        let other = TapSpec { owner: "web-2".into(), ..spec("t0") };
+        assert!(matches!(net.ensure_idle_tap(&other).await, Err(Error::OtherPlug { .. })));
+        net.ensure_idle_tap(&spec("t1")).await.unwrap();
+        let wider = TapSpec { queues: 2, ..spec("t1") };
+        assert!(matches!(net.ensure_idle_tap(&wider).await, Err(Error::OneQueue { .. })));
+        assert!(matches!(net.ensure_idle_tap(&spec("lo")).await, Err(Error::WrongKind { .. })));
+    });
+}
+
+#[test]
 fn tap_that_need_not_stay_goes_with_its_queues() {
     run("tap::tap_that_need_not_stay_goes_with_its_queues", async |net| {
         let spec = TapSpec { persistent: false, ..spec("t0") };

@@ -1,0 +1,455 @@
+//! Plugs into Open vSwitch: a real database, a real switch, the daemon and its command line. What is compared before and
+//! after is all there is: links of the namespace, and rows of the database.
+#![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
+
+use std::fs;
+use std::process::Output;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use e2e::daemon::Daemon;
+use e2e::deadline::wait_for_some;
+use e2e::netns::Netns;
+use e2e::oracle::{Flow, Oracle};
+use e2e::ovs::{Dpdk, Ovs};
+use e2e::peer::{Peer, PeerConfig};
+use serde_json::{Value, json};
+use vring::HEADER_LEN;
+
+/// For anything that must happen.
+const SOON: Duration = Duration::from_secs(30);
+/// For a frame that was not lost.
+const AGAIN: Duration = Duration::from_millis(200);
+const PLAIN: [u8; HEADER_LEN] = [0; HEADER_LEN];
+const A: [u8; 6] = [2, 0, 0, 0, 0, 0xa];
+const B: [u8; 6] = [2, 0, 0, 0, 0, 0xb];
+const MAC: &str = "52:54:00:00:00:01";
+
+/// Exit codes of the command line.
+const CONFLICT: i32 = 4;
+const PRECONDITION: i32 = 7;
+
+/// A host with Open vSwitch and the daemon.
+struct Host {
+    daemon: Daemon,
+    ovs: Ovs,
+}
+
+impl Host {
+    fn start() -> Result<Self> {
+        let netns = Arc::new(Netns::new()?);
+        let ovs = Ovs::start(&netns, Dpdk::Off)?;
+        let configuration = format!("[ovs]\ndatabase = \"unix:{}\"\n", ovs.socket().display());
+        Ok(Self { daemon: Daemon::start_on(netns, &configuration)?, ovs })
+    }
+
+    /// All links, and all rows with what decides how frames go.
+    fn state(&self) -> Result<String> {
+        // The switch keeps ovs-netdev for itself, from its first bridge in user space on.
+        let links =
+            self.ovs.host().run("ip -oneline link | cut -d: -f2 | cut -d@ -f1 | grep -v ovs-netdev")?;
+        let rows = |table: &str, columns: &str| {
+            self.ovs.vsctl(&format!("--no-wait --format=csv --columns={columns} list {table}"))
+        };
+        let mut state = vec![links];
+        state.push(rows("Bridge", "name,datapath_type,external_ids")?);
+        state.push(rows("Port", "name,tag,vlan_mode,trunks,external_ids")?);
+        state.push(rows("Interface", "name,type,mtu_request,external_ids")?);
+        state.push(rows("QoS", "type")?);
+        Ok(state.iter().map(|rows| sorted(rows)).collect::<Vec<_>>().join("\n"))
+    }
+
+    /// A plug joined with a TAP in a bridge.
+    fn plug(&self, name: &str, bridge: &str, more: &[&str]) -> Result<String> {
+        let (socket, to) = (self.socket(name), format!("ovs:{bridge}"));
+        self.daemon.run(&[&["plug", name, "--listen", &socket, "--to", &to], more].concat())
+    }
+
+    fn refused(&self, name: &str, bridge: &str, code: i32) -> Result<String> {
+        let (socket, to) = (self.socket(name), format!("ovs:{bridge}"));
+        said(&self.daemon.command(&["plug", name, "--listen", &socket, "--to", &to])?, code)
+    }
+
+    fn plug_document(&self, id: &str, spec: &Value) -> Result<Output> {
+        let path = self.daemon.socket(&format!("{id}.json"));
+        fs::write(&path, json!({"id": id, "spec": spec}).to_string())?;
+        self.daemon.command(&["plug", "-f", path.to_str().context("a path")?])
+    }
+
+    fn socket(&self, name: &str) -> String {
+        self.daemon.socket(name).display().to_string()
+    }
+
+    /// Waits until the plug is in this phase, and its conditions contain this text.
+    fn wait_for(&self, plug: &str, phase: &str, text: &str) -> Result<()> {
+        let look = || self.daemon.json(&["show", plug]);
+        wait_for_some(&format!("{plug} to be {phase}: {text}"), SOON, || {
+            let status = look()?["status"].take();
+            let conditions = status["conditions"].to_string();
+            Ok((status["phase"] == phase && conditions.contains(text)).then_some(()))
+        })
+        .with_context(|| look().unwrap_or_default().to_string())
+    }
+
+    fn wait_for_state(&self, state: &str) -> Result<()> {
+        wait_for_some("the host to be as before", SOON, || Ok((self.state()? == state).then_some(())))
+            .with_context(|| format!("{}\nwanted:\n{state}", self.state().unwrap_or_default()))
+    }
+
+    fn guest(&self, plug: &str) -> Result<Peer> {
+        self.wait_for(plug, "attached", "waiting for a front end")?;
+        let mut guest = Peer::connect(self.daemon.socket(plug), PeerConfig::default())?;
+        guest.offer_all();
+        self.daemon.wait_for_forwarding(&[plug])?;
+        Ok(guest)
+    }
+
+    /// Times that Open vSwitch was told of a change.
+    fn generation(&self) -> Result<String> {
+        self.ovs.vsctl("--no-wait get Open_vSwitch . next_cfg")
+    }
+
+    fn events(&self, kind: &str) -> Result<usize> {
+        let info = self.daemon.json(&["api", "GET", "/v1/info"])?;
+        let answer = self.daemon.http("GET", &format!("/v1/events?since={}-0", info["epoch"]), "")?;
+        Ok(answer.matches(&format!("\"kind\":\"{kind}\"")).count())
+    }
+}
+
+fn sorted(text: &str) -> String {
+    let mut lines: Vec<_> = text.lines().collect();
+    lines.sort_unstable();
+    lines.join("\n")
+}
+
+/// What a command that failed so said.
+fn said(output: &Output, code: i32) -> Result<String> {
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.code() == Some(code), "{:?}, not {code}: {errors}", output.status);
+    Ok(errors)
+}
+
+/// Each guest gets what the other sends, whole.
+fn exchange(a: &mut Peer, b: &mut Peer) -> Result<()> {
+    let oracle = Oracle::new(std::process::id());
+    let flows = [Flow { id: 0, src: A, dst: B }, Flow { id: 1, src: B, dst: A }];
+    for (sequence, len) in (0..).zip([60, 64, 590, 1514, 60]) {
+        pass(a, b, &oracle.frame(&flows[0], sequence, len))?;
+        pass(b, a, &oracle.frame(&flows[1], sequence, len))?;
+    }
+    Ok(())
+}
+
+/// Open vSwitch loses frames while it takes up or lets go of ports: sent again until it comes.
+fn pass(from: &mut Peer, to: &mut Peer, frame: &[u8]) -> Result<()> {
+    let deadline = Instant::now() + SOON;
+    while Instant::now() < deadline {
+        ensure!(from.send_now(0, &PLAIN, frame), "buffers come back");
+        let again = Instant::now() + AGAIN;
+        while Instant::now() < again {
+            if to.receive(0).is_some_and(|(_, got)| got == frame) {
+                return Ok(());
+            }
+            std::thread::yield_now();
+        }
+    }
+    bail!("a frame of {} bytes has not come", frame.len())
+}
+
+#[test]
+fn a_plug_is_one_port_however_often_it_is_asked_for_and_its_unplug_leaves_nothing() -> Result<()> {
+    let mut host = Host::start()?;
+    let before = host.state()?;
+    let more = ["--mac", MAC, "--iface-id", "lsp1", "--mtu", "1450"];
+    host.plug("vm1", "br0", &more)?;
+    assert_eq!(host.ovs.vsctl("list-ports br0")?, "vhd-vm1");
+    assert_eq!(host.ovs.vsctl("get Bridge br0 datapath_type external_ids")?, "netdev\n{vhostd=made}");
+    let columns = "get Interface vhd-vm1 type mtu mtu_request external_ids:iface-id external_ids:iface-status \
+                   external_ids:attached-mac";
+    assert_eq!(host.ovs.vsctl(columns)?, format!("\"\"\n1450\n1450\nlsp1\nactive\n\"{MAC}\""));
+    host.wait_for("vm1", "attached", "waiting for a front end")?;
+
+    let (plugged, generation) = (host.state()?, host.generation()?);
+    host.plug("vm1", "br0", &more)?;
+    host.daemon.kill_and_restart()?;
+    host.wait_for("vm1", "attached", "waiting for a front end")?;
+    host.plug("vm1", "br0", &more)?;
+    assert_eq!((host.state()?, host.generation()?), (plugged, generation), "nothing is touched");
+
+    host.daemon.run(&["unplug", "vm1"])?;
+    assert_eq!(host.state()?, before);
+    host.daemon.run(&["unplug", "vm1"])?;
+    Ok(())
+}
+
+#[test]
+fn guests_of_two_plugs_reach_each_other_through_the_bridge_also_after_every_restart() -> Result<()> {
+    let mut host = Host::start()?;
+    host.plug("a", "br0", &[])?;
+    host.plug("b", "br0", &[])?;
+    let (mut a, mut b) = (host.guest("a")?, host.guest("b")?);
+    exchange(&mut a, &mut b)?;
+
+    host.ovs.kill_switch()?;
+    host.wait_for("a", "linked", "ovs-vswitchd, which forwards for bridge br0, does not run")?;
+    host.ovs.start_switch()?;
+    host.daemon.wait_for_forwarding(&["a", "b"])?;
+    exchange(&mut a, &mut b)?;
+
+    host.daemon.kill_and_restart()?;
+    drop((a, b));
+    let (mut a, mut b) = (host.guest("a")?, host.guest("b")?);
+    exchange(&mut a, &mut b)?;
+
+    // A TAP that was made anew under its name: the switch has to let the former one go first.
+    drop((a, b));
+    host.daemon.run(&["unplug", "a"])?;
+    host.plug("a", "br0", &[])?;
+    let (mut a, mut b) = (host.guest("a")?, host.guest("b")?);
+    exchange(&mut a, &mut b)
+}
+
+#[test]
+fn a_tap_that_somebody_removed_is_made_again_and_the_switch_takes_the_new_one() -> Result<()> {
+    let mut host = Host::start()?;
+    host.plug("a", "br0", &[])?;
+    host.plug("b", "br0", &[])?;
+    // The switch does not run meanwhile: it sees the same name again, and another device behind it.
+    host.ovs.switch().context("it runs")?.signal(e2e::process::Signal::STOP)?;
+    host.daemon.kill_and_restart_after(|| host.ovs.host().run("ip link del vhd-a").map(drop))?;
+    host.ovs.switch().context("it runs")?.signal(e2e::process::Signal::CONT)?;
+    let (mut a, mut b) = (host.guest("a")?, host.guest("b")?);
+    exchange(&mut a, &mut b)
+}
+
+#[test]
+fn what_is_somebody_elses_is_refused_and_left_alone() -> Result<()> {
+    let host = Host::start()?;
+    host.ovs.host().run("ip link add lbr type bridge; ip tuntap add foreign mode tap")?;
+    host.ovs.vsctl("add-br br1 -- set Bridge br1 datapath_type=netdev")?;
+    host.ovs.vsctl("add-br br2 -- set Bridge br2 datapath_type=netdev")?;
+    host.ovs.host().run("ip tuntap add vhd-vm3 mode tap; ip link set vhd-vm3 alias vhostd:vm3")?;
+    host.ovs.vsctl("add-port br2 vhd-vm3")?;
+    let before = host.state()?;
+
+    let error = host.refused("vm1", "lbr", CONFLICT)?;
+    assert!(error.contains("lbr exists and is a bridge, not an Open vSwitch bridge"), "{error}");
+    let error = host.refused("vm3", "br1", CONFLICT)?;
+    assert!(error.contains("vhd-vm3 is in Open vSwitch bridge br2, not in br1"), "{error}");
+    let socket = json!({"role": "listen", "path": host.socket("vm1")});
+    let to = json!({"kind": "ovs", "bridge": "br1", "datapath_type": "system"});
+    let output = host.plug_document("vm1", &json!({"socket": socket, "to": to}))?;
+    let error = said(&output, CONFLICT)?;
+    assert!(error.contains("br1 has datapath_type netdev, not system"), "{error}");
+    let to = json!({"kind": "ovs", "bridge": "br9", "datapath_type": "system"});
+    let output = host.plug_document("vm1", &json!({"socket": socket, "to": to}))?;
+    let error = said(&output, PRECONDITION)?;
+    assert!(error.contains("datapath_type system needs the kernel module"), "{error}");
+    let to = json!({"kind": "ovs", "bridge": "br1", "tap": "foreign"});
+    let error = said(&host.plug_document("vm1", &json!({"socket": socket, "to": to}))?, CONFLICT)?;
+    assert!(error.contains("foreign exists and was not made by vhostd"), "{error}");
+    assert_eq!(host.daemon.run(&["ls", "-o", "name"])?, "");
+    // The TAP of a plug that never was is taken away with it, as are its rows; the rest stays.
+    let without =
+        |state: &str| state.lines().filter(|line| !line.contains("vhd-vm3")).collect::<Vec<_>>().join("\n");
+    assert_eq!(without(&host.state()?), without(&before));
+
+    // A bridge that was there stays when the last plug leaves it.
+    host.plug("vm1", "br1", &[])?;
+    host.daemon.run(&["unplug", "vm1"])?;
+    assert_eq!(without(&host.state()?), without(&before));
+    Ok(())
+}
+
+#[test]
+fn without_open_vswitch_a_plug_fails_at_once_and_nothing_is_left() -> Result<()> {
+    let mut host = Host::start()?;
+    let (before, socket) = (host.state()?, host.ovs.socket());
+    host.ovs.kill_database()?;
+    let start = Instant::now();
+    let error = host.refused("vm1", "br0", PRECONDITION)?;
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    assert!(error.contains("Open vSwitch") && error.contains(socket.to_str().context("a path")?), "{error}");
+    assert_eq!(host.daemon.run(&["ls", "-o", "name"])?, "");
+    host.ovs.start_database()?;
+    assert_eq!(host.state()?, before);
+    Ok(())
+}
+
+#[test]
+fn a_switch_that_does_not_take_up_the_port_is_no_success() -> Result<()> {
+    let mut host = Host::start()?;
+    let before = host.state()?;
+    host.ovs.kill_switch()?;
+    let error = host.refused("vm1", "br0", PRECONDITION)?;
+    assert!(error.contains("ovs-vswitchd has not taken up vhd-vm1"), "{error}");
+    assert_eq!(host.daemon.run(&["ls", "-o", "name"])?, "");
+    host.ovs.start_switch()?;
+    assert_eq!(host.state()?, before);
+    host.plug("vm1", "br0", &[])?;
+    Ok(())
+}
+
+#[test]
+fn a_database_that_goes_away_is_a_condition_until_it_is_back() -> Result<()> {
+    let mut host = Host::start()?;
+    let before = host.state()?;
+    host.plug("vm1", "br0", &[])?;
+    let guest = host.guest("vm1")?;
+    host.ovs.kill_database()?;
+    host.wait_for("vm1", "linked", "Open vSwitch's database at")?;
+    // The daemon comes back without it: the guest's port does not wait.
+    host.daemon.kill_and_restart()?;
+    drop(guest);
+    host.wait_for("vm1", "attached", "waiting for a front end")?;
+    let guest = Peer::connect(host.daemon.socket("vm1"), PeerConfig::default())?;
+    host.wait_for("vm1", "linked", "cannot connect to Open vSwitch's database")?;
+    host.ovs.start_database()?;
+    host.daemon.wait_for_forwarding(&["vm1"])?;
+
+    host.ovs.kill_database()?;
+    let error = said(&host.daemon.command(&["unplug", "vm1"])?, PRECONDITION)?;
+    assert!(error.contains("tried again") && error.contains("Open vSwitch"), "{error}");
+    drop(guest);
+    host.ovs.start_database()?;
+    host.wait_for_state(&before)?;
+    assert_eq!(host.daemon.run(&["ls", "-o", "name"])?, "");
+    Ok(())
+}
+
+#[test]
+fn what_somebody_else_removes_is_put_back_and_told() -> Result<()> {
+    let host = Host::start()?;
+    host.plug("a", "br0", &["--iface-id", "lsp1"])?;
+    host.plug("b", "br0", &[])?;
+    let (mut a, mut b) = (host.guest("a")?, host.guest("b")?);
+    let plugged = host.state()?;
+    for (times, removal) in [(1, "del-port vhd-a"), (2, "--no-wait del-port vhd-a"), (4, "del-br br0")] {
+        host.ovs.vsctl(removal)?;
+        wait_for_some("the repairs to be told", SOON, || {
+            Ok((host.events("repaired")? >= times).then_some(()))
+        })?;
+        host.wait_for_state(&plugged)?;
+        host.daemon.wait_for_forwarding(&["a", "b"])?;
+        exchange(&mut a, &mut b)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_logical_port_forwards_when_ovn_says_so() -> Result<()> {
+    let host = Host::start()?;
+    host.ovs.vsctl("set Open_vSwitch . external_ids:ovn-bridge=br0")?;
+    host.plug("vm1", "br0", &["--iface-id", "lsp1"])?;
+    let _guest = Peer::connect(host.daemon.socket("vm1"), PeerConfig::default())?;
+    host.wait_for("vm1", "linked", "OVN has no flows for logical port lsp1")?;
+    host.ovs.vsctl("--no-wait set Interface vhd-vm1 external_ids:ovn-installed=true")?;
+    host.daemon.wait_for_forwarding(&["vm1"])?;
+    // Without an iface-id it is no logical port.
+    host.plug("vm2", "br0", &[])?;
+    let _guest = host.guest("vm2")?;
+    Ok(())
+}
+
+#[test]
+fn another_mtu_is_a_condition() -> Result<()> {
+    let host = Host::start()?;
+    host.plug("vm1", "br0", &[])?;
+    let _guest = host.guest("vm1")?;
+    host.ovs.vsctl("set Interface vhd-vm1 mtu_request=1400")?;
+    host.wait_for("vm1", "linked", "vhd-vm1 has MTU 1400 in Open vSwitch, the plug 1500")?;
+    host.ovs.vsctl("set Interface vhd-vm1 mtu_request=1500")?;
+    host.daemon.wait_for_forwarding(&["vm1"])
+}
+
+#[test]
+fn a_card_that_is_a_tap_is_left_to_its_guest() -> Result<()> {
+    let mut host = Host::start()?;
+    let before = host.state()?;
+    let profile = |more: Value| {
+        let mut data = json!({"interface_id": "lsp1", "datapath_type": "netdev"});
+        data.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        envelope("VIFPortProfileOpenVSwitch", "1.4", &data)
+    };
+    let vif = |more: Value| {
+        let network = envelope("Network", "1.1", &json!({"bridge": "br0", "mtu": 1450}));
+        let data = json!({"id": "vif1", "address": MAC, "vif_name": "tapvif1", "bridge_name": "br0",
+                          "network": network, "port_profile": profile(more)});
+        json!({"vif": envelope("VIFOpenVSwitch", "1.0", &data),
+               "instance_info": envelope("InstanceInfo", "1.0", &json!({"uuid": "vm1"}))})
+        .to_string()
+    };
+    let all = vif(json!({"create_tap": true, "create_port": true, "multiqueue": true}));
+    for _ in 0..2 {
+        let answer = host.daemon.http("POST", "/v1/os-vif/plug?wait=forwarding", &all)?;
+        assert!(answer.contains("\"phase\":\"forwarding\""), "{answer}");
+        let ids =
+            "get Interface tapvif1 external_ids:iface-id external_ids:attached-mac external_ids:vm-uuid mtu";
+        assert_eq!(host.ovs.vsctl(ids)?, format!("lsp1\n\"{MAC}\"\nvm1\n1450"));
+        let link = host.ovs.host().run("ip -details link show tapvif1")?;
+        assert!(link.contains(MAC) && link.contains("multi_queue"), "{link}");
+        host.daemon.kill_and_restart()?;
+    }
+    assert!(host.daemon.http("POST", "/v1/os-vif/unplug", &all)?.contains("\"existed\":true"));
+    assert_eq!(host.state()?, before);
+
+    // libvirt makes both, os-vif only the bridge.
+    let none = vif(json!({}));
+    let answer = host.daemon.http("POST", "/v1/os-vif/plug?wait=forwarding", &none)?;
+    assert!(answer.contains("\"phase\":\"forwarding\""), "{answer}");
+    assert_eq!(host.ovs.vsctl("list-br")?, "br0");
+    assert_eq!(host.ovs.vsctl("list-ports br0")?, "");
+    host.daemon.http("POST", "/v1/os-vif/unplug", &none)?;
+    assert_eq!(host.state()?, before);
+
+    // A port that waits for its device.
+    let port = vif(json!({"create_port": true}));
+    host.daemon.http("POST", "/v1/os-vif/plug", &port)?;
+    host.wait_for("vif1", "linked", "tapvif1")?;
+    host.ovs.host().run("ip tuntap add tapvif1 mode tap; ip link set tapvif1 up")?;
+    host.daemon.wait_for_forwarding(&["vif1"])?;
+    host.daemon.http("POST", "/v1/os-vif/unplug", &port)?;
+    host.ovs.host().run("ip link del tapvif1")?;
+    assert_eq!(host.state()?, before);
+    Ok(())
+}
+
+#[test]
+fn an_isolated_port_starts_in_the_dead_vlan_and_stays_where_somebody_puts_it() -> Result<()> {
+    let mut host = Host::start()?;
+    let socket = json!({"role": "listen", "path": host.socket("vm1")});
+    let to = json!({"kind": "ovs", "bridge": "br0", "isolated": true});
+    let spec = json!({"socket": socket, "to": to});
+    assert!(host.plug_document("vm1", &spec)?.status.success());
+    assert_eq!(host.ovs.vsctl("get Port vhd-vm1 tag vlan_mode trunks")?, "4095\ntrunk\n[4095]");
+    host.ovs.vsctl("set Port vhd-vm1 tag=7 -- clear Port vhd-vm1 vlan_mode trunks")?;
+    host.daemon.kill_and_restart()?;
+    assert!(host.plug_document("vm1", &spec)?.status.success());
+    assert_eq!(host.ovs.vsctl("get Port vhd-vm1 tag vlan_mode trunks")?, "7\n[]\n[]");
+    Ok(())
+}
+
+#[test]
+fn many_plugs_at_once_share_a_bridge_that_goes_with_the_last() -> Result<()> {
+    const PLUGS: usize = 24;
+    let host = Host::start()?;
+    let before = host.state()?;
+    let names: Vec<_> = (0..PLUGS).map(|n| format!("vm{n}")).collect();
+    let all = |act: &(dyn Fn(&str) -> Result<()> + Sync)| {
+        std::thread::scope(|scope| {
+            let acts: Vec<_> = names.iter().map(|name| scope.spawn(move || act(name))).collect();
+            acts.into_iter().try_for_each(|act| act.join().unwrap())
+        })
+    };
+    all(&|name| host.plug(name, "br0", &[]).map(drop))?;
+    assert_eq!(host.ovs.vsctl("list-ports br0")?.lines().count(), PLUGS);
+    all(&|name| host.daemon.run(&["unplug", name]).map(drop))?;
+    assert_eq!(host.state()?, before);
+    Ok(())
+}
+
+fn envelope(class: &str, version: &str, data: &Value) -> Value {
+    json!({"versioned_object.name": class, "versioned_object.namespace": "os_vif",
+           "versioned_object.version": version, "versioned_object.data": data})
+}
