@@ -52,7 +52,14 @@ class Daemon:
         tied = ["setpriv", "--pdeathsig", "KILL", "--"]
         with open(self.dir / "log", "ab") as log:
             self.process = subprocess.Popen([*tied, *unshare, "sh", "-c", HOST, "sh", *serve], stdout=log, stderr=log)
-        wait_for("vhostd to answer", lambda: self.vhostd("ls", check=False).returncode == 0)
+        wait_for("vhostd to answer", self._answers)
+
+    def _answers(self) -> bool:
+        assert self.process.poll() is None, f"vhostd has ended: {(self.dir / 'log').read_text()}"
+        try:
+            return self.request("GET", "/v1/info")[0] == 200
+        except OSError:
+            return False
 
     def kill(self) -> None:
         if self.process:
@@ -77,13 +84,9 @@ class Daemon:
         """A path for a VIF's socket."""
         return str(self.dir / name)
 
-    def vhostd(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        command = [VHOSTD, "--api", self.api, "-o", "json", *arguments]
-        return subprocess.run(command, check=check, capture_output=True, text=True)
-
     def plugs(self) -> dict[str, Any]:
         """All plugs by id."""
-        return {plug["id"]: plug for plug in json.loads(self.vhostd("ls").stdout)}
+        return {plug["id"]: plug for plug in self.request("GET", "/v1/plugs")[1]}
 
     def links(self) -> set[str]:
         """Names of the host's links."""
@@ -95,16 +98,17 @@ class Daemon:
         enter = ["nsenter", "--target", str(self.process.pid), "--net", "--mount"]
         return enter if os.geteuid() == 0 else [*enter, "--user", "--preserve-credentials"]
 
-    def post(self, path: str, body: Any) -> tuple[int, Any]:
+    def request(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         """The API without the plugin: status and answer."""
-        connection = http.client.HTTPConnection("vhostd", timeout=30)
-        connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.connect(self.api)
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-        with connection.getresponse() as response:
-            answer = response.status, json.loads(response.read())
-        connection.close()
-        return answer
+        with socket.socket(socket.AF_UNIX) as line:
+            line.settimeout(30)
+            line.connect(self.api)
+            connection = http.client.HTTPConnection("vhostd")
+            connection.sock = line
+            content = None if body is None else json.dumps(body)
+            connection.request(method, path, content, {"Content-Type": "application/json"})
+            with connection.getresponse() as response:
+                return response.status, json.loads(response.read())
 
 
 class OpenVSwitch:

@@ -51,7 +51,7 @@ class Samples(DaemonCase):
         try:
             os_vif.plug(vif, instance())
         except vif_exc.PlugException as error:
-            status, problem = self.daemon.post("/v1/os-vif/plug", both)
+            status, problem = self.daemon.request("POST", "/v1/os-vif/plug", both)
             self.assertGreaterEqual(status, 400)
             self.assertIn(problem["detail"], str(error))
             return "refused"
