@@ -58,9 +58,10 @@ impl Ovs {
         ovs.vsctl("--no-wait init")?;
         if dpdk == Dpdk::On {
             // Without --legacy-mem the switch adds --in-memory, which DPDK refuses together with --no-huge.
+            // A pool of buffers for all ports would take half of a gigabyte, and not be made at all where that is in pieces.
             ovs.vsctl(
-                "--no-wait set Open_vSwitch . other_config:dpdk-init=true \
-                 other_config:dpdk-extra=--no-huge\\ --legacy-mem\\ --no-pci\\ --no-shconf\\ -m\\ 256",
+                "--no-wait set Open_vSwitch . other_config:dpdk-init=true other_config:per-port-memory=true \
+                 other_config:dpdk-extra=--no-huge\\ --legacy-mem\\ --no-pci\\ --no-shconf\\ -m\\ 512",
             )?;
         }
         ovs.start_switch()?;
