@@ -19,6 +19,8 @@ PROFILES = {
     "VIFPortProfileBase": ("1.0", "1.1"),
     "VIFPortProfileFPTap": ("1.0", "1.1"),
     "VIFPortProfileFPBridge": ("1.0", "1.1"),
+    "VIFPortProfileFPOpenVSwitch": ("1.0", "1.4"),
+    "VIFPortProfileOpenVSwitch": ("1.0", "1.4"),
 }
 
 
