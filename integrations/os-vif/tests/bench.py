@@ -112,24 +112,23 @@ class Daemon:
 
 
 class OpenVSwitch:
-    """A real one on the host of a daemon, whose bridges need no kernel module. Dies with the test."""
+    """A real one on the host of a daemon, with the bridge br-int in user space. Dies with the test.
+
+    With ``kernel="dummy"`` the kernel's datapath, which this one may lack, is played: there are bridges and ports of
+    type "system", but no frames.
+    """
 
     DIR = "/run/openvswitch"
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Daemon, kernel: str = "") -> None:
         self.daemon = daemon
         self.processes: list[subprocess.Popen[bytes]] = []
         self.run("mkdir", self.DIR)
         self.run("ovsdb-tool", "create", f"{self.DIR}/conf.db", "/usr/share/openvswitch/vswitch.ovsschema")
         self.spawn("ovsdb-server", "-vfile:off", f"--remote=punix:{self.DIR}/db.sock", f"{self.DIR}/conf.db")
         self.vsctl("--no-wait", "--retry", "init")
-        # The datapath "system" is that of the kernel, whose part this plays.
-        self.spawn(
-            "/usr/lib/openvswitch-switch/ovs-vswitchd",
-            "-vfile:off",
-            "--enable-dummy=system",
-            f"unix:{self.DIR}/db.sock",
-        )
+        dummy = ["--enable-dummy=system"] if kernel == "dummy" else []
+        self.spawn("/usr/lib/openvswitch-switch/ovs-vswitchd", "-vfile:off", *dummy, f"unix:{self.DIR}/db.sock")
         self.vsctl("add-br", "br-int", "--", "set", "Bridge", "br-int", "datapath_type=netdev")
 
     def vsctl(self, *arguments: str) -> list[str]:

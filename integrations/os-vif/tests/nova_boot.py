@@ -4,7 +4,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
-from bench import DaemonCase
+from bench import DaemonCase, OpenVSwitch
 from guest import Guest
 from nova import context, objects
 from nova.network import neutron
@@ -55,7 +55,7 @@ class Neutron:
 class Server:
     """A server with one port, bound as a mechanism driver for vhostd would bind it."""
 
-    def __init__(self, number, mode, socket):
+    def __init__(self, number, mode, socket, **details):
         self.address = f"10.0.0.{number}"
         self.flavor = objects.Flavor(**FLAVOR)
         self.instance = objects.Instance(id=number, uuid=str(uuid.uuid4()), project_id="demo", flavor=self.flavor)
@@ -69,7 +69,8 @@ class Server:
             "admin_state_up": True,
             "binding:vnic_type": "normal",
             "binding:vif_type": "vhostuser",
-            "binding:vif_details": {"vhostuser_fp_plug": True, "vhostuser_mode": mode, "vhostuser_socket": socket},
+            "binding:vif_details": details
+            | {"vhostuser_fp_plug": True, "vhostuser_mode": mode, "vhostuser_socket": socket},
         }
         with mock.patch.object(neutron, "get_client", lambda *_, **__: Neutron()):
             self.vif = neutron.API()._build_vif_model(context.get_admin_context(), Neutron(), port, [NETWORK], [])
@@ -95,14 +96,34 @@ class Server:
 
 
 class Boot(DaemonCase):
-    def test_two_servers_reach_each_other(self):
-        # In one role of QEMU each.
-        servers = [Server(11, "server", self.daemon.socket("one")), Server(12, "client", self.daemon.socket("two"))]
+    def test_in_a_linux_bridge(self):
+        servers = self.servers()
         for server in servers:
             server.plug()
         taps = {server.vif["devname"] for server in servers}
         self.assertEqual(self.daemon.links() - self.links, taps | {f"brq{NETWORK['id']}"[:14]})
+        self.reach_each_other(servers)
 
+    def test_in_open_vswitch(self):
+        switch = OpenVSwitch(self.daemon)
+        self.addCleanup(switch.close)
+        servers = self.servers(vhostuser_ovs_plug=True)
+        for server in servers:
+            server.plug()
+            wanted = f"external_ids:iface-id={server.vif['id']}"
+            port = switch.vsctl("--columns=name", "--bare", "find", "Interface", wanted)
+            self.assertEqual(port, [server.vif["devname"]])
+        self.links = {"lo", "br-int", "ovs-netdev"}
+        self.reach_each_other(servers)
+        self.assertEqual(switch.bridges(), {"br-int": []})
+
+    def servers(self, **details):
+        """Two, in one role of QEMU each."""
+        sockets = self.daemon.socket("one"), self.daemon.socket("two")
+        return [Server(11, "server", sockets[0], **details), Server(12, "client", sockets[1], **details)]
+
+    def reach_each_other(self, servers):
+        """Boots plugged servers and lets them talk; they are unplugged in the end."""
         guests = [Guest(server.domain()) for server in servers]
         for server, guest in zip(servers, guests, strict=True):
             self.addCleanup(guest.close)

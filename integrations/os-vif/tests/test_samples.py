@@ -26,7 +26,7 @@ class WithSwitch(DaemonCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.switch = OpenVSwitch(cls.daemon)
+        cls.switch = OpenVSwitch(cls.daemon, kernel="dummy")
         cls.addClassCleanup(cls.switch.close)
 
     def prepare_for(self, vif):
