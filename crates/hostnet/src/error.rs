@@ -5,6 +5,7 @@ use std::io;
 use sys::tap::TapError;
 
 use crate::link::Kind;
+use crate::macvtap::MacvtapMode;
 
 /// Why the host's side is not as asked. Each names the interface, the cause and the way out.
 #[derive(Debug, thiserror::Error)]
@@ -115,6 +116,41 @@ pub enum Error {
         /// The interface.
         name: String,
     },
+    /// The macvtap is there, but on top of another device or in another mode, which cannot be changed.
+    #[error("macvtap {name} exists, but not on {device} in mode {mode}: unplug it and make it anew")]
+    OtherDevice {
+        /// The interface.
+        name: String,
+        /// The device that it should be on.
+        device: String,
+        /// As it should be.
+        mode: MacvtapMode,
+    },
+    /// The kernel allows no (such) macvtap on the device.
+    #[error(
+        "no macvtap {name} in mode {mode} on {device}: the device is a port of a bridge, has another one in mode \
+         passthrough, or has others while this one asks for passthrough"
+    )]
+    DeviceTaken {
+        /// The interface that was to be made.
+        name: String,
+        /// The device.
+        device: String,
+        /// The mode that was asked for.
+        mode: MacvtapMode,
+    },
+    /// A macvtap carries no longer frames than what it is on.
+    #[error("macvtap {name} cannot have an MTU of {mtu}: {device} has {most}, raise that first")]
+    DeviceMtu {
+        /// The interface.
+        name: String,
+        /// Bytes asked for.
+        mtu: u32,
+        /// The device.
+        device: String,
+        /// Its MTU.
+        most: u32,
+    },
     /// The TAP is a port of something else.
     #[error("{name} cannot join bridge {bridge}: it is a port of {master}, take it out there first")]
     Enslaved {
@@ -144,4 +180,5 @@ const EPERM: i32 = 1;
 pub(crate) const EBUSY: i32 = 16;
 pub(crate) const EEXIST: i32 = 17;
 const ENODEV: i32 = 19;
+pub(crate) const EINVAL: i32 = 22;
 const EOPNOTSUPP: i32 = 95;

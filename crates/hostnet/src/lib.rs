@@ -1,4 +1,4 @@
-//! The host's side of a network: links, bridges and TAPs, through netlink.
+//! The host's side of a network: links, bridges, TAPs and macvtaps, through netlink.
 //!
 //! Each `ensure_…` says what has to be there. It makes what is missing, touches nothing that is as it should be, and
 //! refuses what belongs to somebody else. Each `remove_…` succeeds if nothing is there. All may be repeated at any
@@ -22,6 +22,7 @@
 mod bridge;
 mod error;
 mod link;
+mod macvtap;
 mod netlink;
 mod tap;
 mod watch;
@@ -29,6 +30,7 @@ mod watch;
 pub use bridge::{BRIDGE_MARK, Bridge};
 pub use error::Error;
 pub use link::{Kind, LinkState, TunState};
+pub use macvtap::{MacvtapMode, MacvtapSpec};
 pub use netlink::HostNet;
 pub use tap::{QUEUES_MAX, Tap, TapSpec, tap_mark};
 pub use watch::{LinkEvent, Watch};

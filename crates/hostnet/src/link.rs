@@ -7,6 +7,7 @@ use rtnetlink::packet_route::link::{
     InfoData, InfoKind, InfoTun, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 
+use crate::macvtap::{self, MacvtapMode};
 use crate::{Error, HostNet};
 
 /// One interface at one moment.
@@ -26,6 +27,8 @@ pub struct LinkState {
     pub carrier: bool,
     /// The number of the bridge or other device that it is a port of.
     pub master: Option<u32>,
+    /// The number of the interface that it is on top of (macvtap, VLAN), or whose other end it is (veth).
+    pub lower: Option<u32>,
     /// What somebody wrote about it.
     pub alias: Option<String>,
     /// Its link-layer address, as long as its kind has them.
@@ -39,6 +42,8 @@ pub enum Kind {
     Tap(TunState),
     /// A Linux bridge.
     Bridge,
+    /// A macvtap, and its mode if it is one that we know.
+    Macvtap(Option<MacvtapMode>),
     /// Something else, by the kernel's name for it. Empty for a NIC and for the loopback, which have none.
     Other(String),
 }
@@ -59,6 +64,7 @@ impl fmt::Display for Kind {
         match self {
             Self::Tap(_) => f.write_str("a TAP"),
             Self::Bridge => f.write_str("a bridge"),
+            Self::Macvtap(_) => f.write_str("a macvtap"),
             Self::Other(kind) if kind.is_empty() => f.write_str("a device of its own (NIC or loopback)"),
             Self::Other(kind) => write!(f, "of kind {kind}"),
         }
@@ -89,6 +95,7 @@ impl From<&LinkMessage> for LinkState {
             up: flags.contains(LinkFlags::Up),
             carrier: flags.contains(LinkFlags::LowerUp),
             master: None,
+            lower: None,
             alias: None,
             address: Vec::new(),
         };
@@ -98,6 +105,7 @@ impl From<&LinkMessage> for LinkState {
                 LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
                 LinkAttribute::Controller(0) => {}
                 LinkAttribute::Controller(index) => link.master = Some(*index),
+                LinkAttribute::Link(index) => link.lower = Some(*index),
                 LinkAttribute::IfAlias(alias) => link.alias = Some(alias.clone()),
                 LinkAttribute::Address(address) => link.address.clone_from(address),
                 LinkAttribute::LinkInfo(info) => link.kind = Kind::from(info.as_slice()),
@@ -116,6 +124,10 @@ impl From<&[LinkInfo]> for Kind {
         });
         match kind {
             Some(InfoKind::Bridge) => Self::Bridge,
+            Some(InfoKind::MacVtap) => Self::Macvtap(info.iter().find_map(|info| match info {
+                LinkInfo::Data(InfoData::MacVtap(data)) => macvtap::mode_of(data),
+                _ => None,
+            })),
             Some(InfoKind::Tun) => tun(info).map_or_else(|| Self::Other("tun".to_owned()), Self::Tap),
             Some(kind) => Self::Other(kind.to_string()),
             None => Self::Other(String::new()),

@@ -88,7 +88,7 @@ impl HostNet {
         let Kind::Tap(tun) = link.kind else {
             return Err(Error::WrongKind { name: link.name, kind: link.kind, wanted: "a TAP" });
         };
-        is_ours(spec, link.alias.as_deref())?;
+        is_ours(&spec.name, &spec.owner, spec.adopt, link.alias.as_deref())?;
         if spec.queues > 1 && !tun.multi_queue {
             return Err(Error::OneQueue { name: link.name, queues: spec.queues });
         }
@@ -143,7 +143,7 @@ impl HostNet {
         let Kind::Tap(tun) = link.kind else {
             return Err(Error::WrongKind { name: name.clone(), kind: link.kind, wanted: "a TAP" });
         };
-        let ours = is_ours(spec, link.alias.as_deref())?;
+        let ours = is_ours(&spec.name, &spec.owner, spec.adopt, link.alias.as_deref())?;
         // Without multi-queue the kernel refuses a second holder itself; with it, the two would share the frames. So
         // look before attaching, and again after it, for one that came between.
         if tun.queues > 0 {
@@ -175,24 +175,29 @@ impl HostNet {
 }
 
 fn check(spec: &TapSpec) -> Result<(), Error> {
-    let TapSpec { name, owner, queues, .. } = spec;
-    sys::tap::check_name(name)?;
-    if owner.is_empty() || owner.len() > OWNER_MAX {
-        return Err(Error::Owner { name: name.clone(), owner: owner.clone() });
-    }
-    if !(1..=QUEUES_MAX).contains(queues) {
-        return Err(Error::Queues { name: name.clone(), queues: *queues });
+    check_owner(&spec.name, &spec.owner)?;
+    if !(1..=QUEUES_MAX).contains(&spec.queues) {
+        return Err(Error::Queues { name: spec.name.clone(), queues: spec.queues });
     }
     Ok(())
 }
 
-/// Whether a TAP with this alias is ours; an error if the plug may not use it.
-fn is_ours(spec: &TapSpec, alias: Option<&str>) -> Result<bool, Error> {
-    let name = spec.name.clone();
+/// Whether an interface can have this name and bear that plug's mark.
+pub(crate) fn check_owner(name: &str, owner: &str) -> Result<(), Error> {
+    sys::tap::check_name(name)?;
+    if owner.is_empty() || owner.len() > OWNER_MAX {
+        return Err(Error::Owner { name: name.to_owned(), owner: owner.to_owned() });
+    }
+    Ok(())
+}
+
+/// Whether an interface with this alias is ours; an error if the plug may not use it.
+pub(crate) fn is_ours(name: &str, owner: &str, adopt: bool, alias: Option<&str>) -> Result<bool, Error> {
+    let name = name.to_owned();
     match alias.and_then(|alias| alias.strip_prefix(MARK)) {
-        Some(owner) if owner == spec.owner => Ok(true),
-        Some(owner) => Err(Error::OtherPlug { name, owner: owner.to_owned() }),
-        None if spec.adopt => Ok(false),
+        Some(other) if other == owner => Ok(true),
+        Some(other) => Err(Error::OtherPlug { name, owner: other.to_owned() }),
+        None if adopt => Ok(false),
         None => Err(Error::Foreign { name }),
     }
 }
@@ -230,7 +235,7 @@ fn high_address(mut address: Vec<u8>) -> Vec<u8> {
 
 /// Keeps the host from taking a link-local address on the link: duplicate address detection and router solicitations
 /// would reach the guests.
-async fn disable_ipv6(name: &str) -> Result<(), Error> {
+pub(crate) async fn disable_ipv6(name: &str) -> Result<(), Error> {
     let path = format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6");
     match tokio::fs::write(path, "1").await {
         // A kernel without IPv6.

@@ -7,12 +7,16 @@
 //! VIRTIO_F_VERSION_1 uses, so it can travel unchanged.
 //!
 //! The device vanishes with its last descriptor, unless it is persistent.
+//!
+//! A macvtap is a TAP on top of another interface: what is written to it leaves through that one. Its descriptors come from a
+//! character device of its own, and it is made and removed as an interface; otherwise it is the same.
 
 use std::ffi::CStr;
 use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 
 pub use libc::{TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_USO4, TUN_F_USO6};
 
@@ -49,6 +53,24 @@ pub enum TapError {
         /// multi-queue. EPERM: it needs CAP_NET_ADMIN. E2BIG: all its queues are taken.
         source: io::Error,
     },
+    /// The character device of a macvtap cannot be opened.
+    #[error("cannot open {}, the device of macvtap {name}", node.display())]
+    Node {
+        /// The interface.
+        name: String,
+        /// Its device.
+        node: PathBuf,
+        /// ENOENT: nobody has made it (devtmpfs, or udev). EPERM: the cgroup of this process has no such device.
+        source: io::Error,
+    },
+    /// The character device is another's: interfaces of several network namespaces share one directory of devices.
+    #[error("{} is not the device of macvtap {name}: is there one of the same number in another namespace?", node.display())]
+    OtherNode {
+        /// The interface.
+        name: String,
+        /// What should be its device.
+        node: PathBuf,
+    },
     /// A request about an attached queue failed.
     #[error("{request} failed on a TAP queue")]
     Request {
@@ -63,10 +85,11 @@ impl TapError {
     /// The kernel's error number, if it comes from the kernel.
     pub fn raw_os_error(&self) -> Option<i32> {
         match self {
-            Self::Name { .. } => None,
-            Self::CloneDevice(source) | Self::Attach { source, .. } | Self::Request { source, .. } => {
-                source.raw_os_error()
-            }
+            Self::Name { .. } | Self::OtherNode { .. } => None,
+            Self::Node { source, .. }
+            | Self::CloneDevice(source)
+            | Self::Attach { source, .. }
+            | Self::Request { source, .. } => source.raw_os_error(),
         }
     }
 }
@@ -116,21 +139,49 @@ impl TapQueue {
             .custom_flags(libc::O_NONBLOCK)
             .open(CLONE_DEVICE)
             .map_err(TapError::CloneDevice)?;
-        let queue = Self(file.into());
         let multi = if multi_queue { libc::IFF_MULTI_QUEUE } else { 0 };
-        let mut request = ifreq(name, libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | multi | extra);
+        Self(file.into()).with_header(name, multi | extra)
+    }
+
+    /// Opens one more queue of the macvtap `name`, whose number is `ifindex`. The kernel spreads flows over all of them.
+    ///
+    /// # Errors
+    /// [`TapError::Name`], [`TapError::Node`], [`TapError::OtherNode`], [`TapError::Attach`].
+    pub fn open_macvtap(name: &str, ifindex: u32) -> Result<Self, TapError> {
+        check_name(name)?;
+        Self::open_node(name, Path::new(&format!("/dev/tap{ifindex}")))
+    }
+
+    fn open_node(name: &str, node: &Path) -> Result<Self, TapError> {
+        let failed = |source| TapError::Node { name: name.to_owned(), node: node.to_owned(), source };
+        let other = || TapError::OtherNode { name: name.to_owned(), node: node.to_owned() };
+        // Nothing is opened that might hang or do something when it is.
+        if !node.metadata().map_err(failed)?.file_type().is_char_device() {
+            return Err(other());
+        }
+        let options = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).to_owned();
+        let queue = Self(options.open(node).map_err(failed)?.into());
+        if queue.name().ok().as_deref() != Some(name) {
+            return Err(other());
+        }
+        queue.with_header(name, libc::IFF_MULTI_QUEUE)
+    }
+
+    /// Joins the device, with the virtio-net header of this module.
+    fn with_header(self, name: &str, extra: libc::c_int) -> Result<Self, TapError> {
+        let mut request = ifreq(name, libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | extra);
         // SAFETY: TUNSETIFF reads and writes an ifreq.
-        unsafe { queue.ioctl("TUNSETIFF", libc::TUNSETIFF, &raw mut request) }.map_err(
+        unsafe { self.ioctl("TUNSETIFF", libc::TUNSETIFF, &raw mut request) }.map_err(
             |error| match error {
                 TapError::Request { source, .. } => TapError::Attach { name: name.to_owned(), source },
                 other => other,
             },
         )?;
         let len = libc::c_int::try_from(VNET_HEADER_LEN).expect("12 fits");
-        queue.set_int("TUNSETVNETHDRSZ", libc::TUNSETVNETHDRSZ, len)?;
+        self.set_int("TUNSETVNETHDRSZ", libc::TUNSETVNETHDRSZ, len)?;
         // The default is the host's byte order.
-        queue.set_int("TUNSETVNETLE", libc::TUNSETVNETLE, 1)?;
-        Ok(queue)
+        self.set_int("TUNSETVNETLE", libc::TUNSETVNETLE, 1)?;
+        Ok(self)
     }
 
     /// Tells the kernel which of `TUN_F_…` it may leave to the reader of this device, all queues alike; returns what
