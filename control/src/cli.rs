@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::names::{ExternalId, Mac, Name, SocketPath};
 use crate::problem::Problem;
-use crate::spec::{MTU_RANGE, Ovs, PlugSpec, QUEUES_RANGE, Role, Socket, To};
+use crate::spec::{MTU_RANGE, Macvtap, Ovs, PlugSpec, QUEUES_RANGE, Role, Socket, To};
 use crate::status::Phase;
 
 /// Where the daemon is reached unless said otherwise.
@@ -180,7 +180,7 @@ pub struct PlugArgs {
     /// Network to join [default: default]
     #[arg(long, value_name = "NET", conflicts_with = "file")]
     pub network: Option<Name>,
-    /// The host's side: tap:DEV, bridge:BR or ovs:BR
+    /// The host's side: tap:DEV, bridge:BR, ovs:BR or macvtap:DEV
     #[arg(long, value_name = "KIND:NAME", conflicts_with = "file")]
     pub to: Option<ToArg>,
     /// With ovs:BR, the logical port in OVN or Neutron that it is
@@ -270,7 +270,7 @@ fn within(range: &RangeInclusive<u16>) -> RangedI64ValueParser<u16> {
     clap::value_parser!(u16).range(i64::from(*range.start())..=i64::from(*range.end()))
 }
 
-/// `tap:DEV`, `bridge:BR`, `ovs:BR`.
+/// `tap:DEV`, `bridge:BR`, `ovs:BR`, `macvtap:DEV`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ToArg(To);
 
@@ -280,10 +280,11 @@ impl FromStr for ToArg {
     fn from_str(text: &str) -> Result<Self, String> {
         let name = |name: &str| name.parse().map_err(|e| format!("{e}"));
         match text.split_once(':') {
-            Some(("tap", tap)) => Ok(Self(To::Tap { tap: name(tap)?, mac: None })),
+            Some(("tap", tap)) => Ok(Self(To::Tap { tap: name(tap)?, mac: None, guest: false })),
             Some(("bridge", bridge)) => Ok(Self(To::Bridge { bridge: name(bridge)?, tap: None })),
             Some(("ovs", bridge)) => Ok(Self(To::Ovs(Ovs::new(name(bridge)?)))),
-            _ => Err("it must be tap:DEV, bridge:BR or ovs:BR".into()),
+            Some(("macvtap", device)) => Ok(Self(To::Macvtap(Macvtap::new(name(device)?)))),
+            _ => Err("it must be tap:DEV, bridge:BR, ovs:BR or macvtap:DEV".into()),
         }
     }
 }
@@ -376,7 +377,8 @@ mod tests {
         let to = |text: &str| text.parse::<ToArg>();
         assert!(matches!(to("tap:tap0").unwrap().0, To::Tap { .. }));
         assert!(matches!(to("bridge:br0").unwrap().0, To::Bridge { tap: None, .. }));
-        for bad in ["", "tap", "tap:", "bridge:a/b", "macvtap:eth0", "tap:0123456789abcdef"] {
+        assert!(matches!(to("macvtap:eth0").unwrap().0, To::Macvtap(_)));
+        for bad in ["", "tap", "tap:", "bridge:a/b", "vlan:eth0", "tap:0123456789abcdef"] {
             assert!(to(bad).is_err(), "{bad}");
         }
         assert!(to("bridge").unwrap_err().contains("bridge:BR"));

@@ -8,28 +8,35 @@
 //!               OpenVSwitch      the same
 //! VIFOpenVSwitch, OpenVSwitch    the TAP vif_name in the network's bridge of Open vSwitch is the guest's card; the profile
 //!                                says whether TAP and port are ours to make (create_tap, create_port)
+//! VIFGeneric                       the TAP vif_name is the guest's card
+//! VIFDirect, no profile            a macvtap on vlan_name, or on the interface of PCI device dev_address, is the guest's card
 //! ```
 //!
 //! os-vif's `mode` is the VMM's side of the socket: `client` means that we listen. `plugin`, `active`,
 //! `preserve_on_delete` and `has_traffic_filtering` say nothing about forwarding frames and are not looked at.
 
 use std::fmt::Display;
+use std::path::Path;
 use std::str::FromStr;
 
 use vif::profile::OpenVSwitchProfile;
-use vif::vif::{VhostUserMode, VhostUserVif};
+use vif::vif::{DirectMode, DirectVif, VhostUserMode, VhostUserVif};
 use vif::{Field, Network, PortProfile, ProfileKind, Vif, VifKind};
 
-use crate::names::Name;
+use crate::names::{IfName, Name};
 use crate::problem::{Kind, Problem};
-use crate::spec::{DatapathType, KernelGuest, Ovs, PlugSpec, Role, Socket, To};
+use crate::spec::{DatapathType, KernelGuest, Macvtap, MacvtapMode, Ovs, PlugSpec, Role, Socket, To};
 
 /// Queues of a multi-queue TAP whose VMM says how many it wants when it opens them: more than one makes it such a TAP.
 const CARD_QUEUES: u16 = 2;
 
 const SUPPORTED: &str = "supported are VIFVHostUser without port profile and with VIFPortProfileFPTap, \
                          VIFPortProfileFPBridge, VIFPortProfileFPOpenVSwitch (not hybrid) or \
-                         VIFPortProfileOpenVSwitch, and VIFOpenVSwitch";
+                         VIFPortProfileOpenVSwitch, VIFOpenVSwitch, VIFGeneric, and VIFDirect without port profile";
+
+/// Where the kernel shows PCI devices.
+const PCI_DEVICES: &str = "/sys/bus/pci/devices";
+const NO_INTERFACE: &str = "is it there (lspci), and bound to its network driver, not to vfio-pci?";
 
 /// The plug that serves a VIF.
 pub fn plug_of(asked: &vif::Plug) -> Result<(Name, PlugSpec), Problem> {
@@ -67,6 +74,11 @@ pub fn plug_of(asked: &vif::Plug) -> Result<(Name, PlugSpec), Problem> {
             spec.queues = is_set(&profile.multiqueue).then_some(CARD_QUEUES);
             spec.to = Some(To::Ovs(Ovs { tap, guest: Some(guest), ..ovs_of(asked, profile)? }));
         }
+        VifKind::Generic(card) => {
+            let tap = parsed("vif.vif_name", required("vif.vif_name", &card.vif_name)?)?;
+            spec.to = Some(To::Tap { tap, mac: None, guest: true });
+        }
+        VifKind::Direct(card) => spec.to = Some(To::Macvtap(macvtap_of(vif, card)?)),
         _ => return Err(unsupported(&format!("a VIF of class {}", vif.class))),
     }
     Ok((id, spec))
@@ -92,7 +104,7 @@ fn host_side(asked: &vif::Plug, vif: &VhostUserVif, profile: &PortProfile) -> Re
         ProfileKind::FpTap(tap_profile) => {
             let field = "vif.port_profile.mac_address";
             let mac = tap_profile.mac_address.value().map(|mac| parsed(field, mac)).transpose()?;
-            Ok(To::Tap { tap: tap()?, mac })
+            Ok(To::Tap { tap: tap()?, mac, guest: false })
         }
         ProfileKind::FpBridge(bridge) => {
             let field = "vif.port_profile.bridge_name";
@@ -109,6 +121,38 @@ fn host_side(asked: &vif::Plug, vif: &VhostUserVif, profile: &PortProfile) -> Re
             Ok(To::Ovs(Ovs { tap, ..ovs_of(asked, ovs)? }))
         }
         _ => Err(unsupported(&format!("a VIF with port profile {}", profile.class))),
+    }
+}
+
+/// The macvtap on the VLAN that is named, or on the device of that PCI address.
+fn macvtap_of(vif: &Vif, card: &DirectVif) -> Result<Macvtap, Problem> {
+    if let Some(profile) = vif.port_profile.value().filter(|p| !matches!(p.kind, ProfileKind::Base)) {
+        return Err(unsupported(&format!("a VIFDirect with port profile {}", profile.class)));
+    }
+    let device = match (card.vlan_name.value(), card.dev_address.value()) {
+        (Some(vlan), _) if !vlan.is_empty() => parsed("vif.vlan_name", vlan)?,
+        (_, Some(address)) => interface_of(Path::new(PCI_DEVICES), &address.to_string())?,
+        _ => return Err(missing("vif.dev_address")),
+    };
+    let mode = match required("vif.mode", &card.mode)? {
+        DirectMode::Vepa => MacvtapMode::Vepa,
+        DirectMode::Passthrough => MacvtapMode::Passthrough,
+        DirectMode::Bridge => MacvtapMode::Bridge,
+    };
+    let tap = card.vif_name.value().map(|name| parsed("vif.vif_name", name)).transpose()?;
+    Ok(Macvtap { mode, tap, guest: true, ..Macvtap::new(device) })
+}
+
+/// The network interface of a PCI device.
+fn interface_of(devices: &Path, address: &str) -> Result<IfName, Problem> {
+    let field = "vif.dev_address";
+    let mut interfaces = devices.join(address).join("net").read_dir().into_iter().flatten();
+    match interfaces.next() {
+        Some(Ok(interface)) => parsed(field, &interface.file_name().to_string_lossy()),
+        _ => {
+            let problem = format!("{field}: this host has no network interface of PCI device {address}");
+            Err(Problem::new(Kind::Precondition, problem).field(field).hint(NO_INTERFACE))
+        }
     }
 }
 
@@ -278,16 +322,50 @@ mod tests {
     }
 
     #[test]
+    fn cards_of_the_kernels_own_are_made_for_the_vmm() {
+        let generic = json!({"id": ID, "vif_name": "tap1", "address": "52:54:00:00:00:09"});
+        let spec = plug(&envelope("VIFGeneric", "1.0", generic)).unwrap();
+        assert_eq!(spec["to"], json!({"kind": "tap", "tap": "tap1", "guest": true}));
+        assert_eq!(spec["mac"], "52:54:00:00:00:09");
+        let on_vlan = json!({"id": ID, "vif_name": "mvt1", "mode": "passthrough", "vlan_name": "vlan7",
+                             "dev_address": "0000:03:00.1"});
+        let spec = plug(&envelope("VIFDirect", "1.0", on_vlan)).unwrap();
+        let to = json!({"kind": "macvtap", "device": "vlan7", "mode": "passthrough", "tap": "mvt1", "guest": true});
+        assert_eq!(spec["to"], to);
+        let nowhere = json!({"id": ID, "mode": "bridge", "dev_address": "fff0:1f:1f.7"});
+        let problem = plug(&envelope("VIFDirect", "1.0", nowhere)).unwrap_err();
+        assert_eq!((problem.kind, problem.field.as_deref()), (Kind::Precondition, Some("vif.dev_address")));
+        assert!(problem.detail.contains("PCI device fff0:1f:1f.7"), "{}", problem.detail);
+    }
+
+    #[test]
+    fn a_pci_device_is_known_by_its_interface() {
+        let devices = tempfile::tempdir().unwrap();
+        let bound = devices.path().join("0000:03:00.1/net/enp3s0f1");
+        std::fs::create_dir_all(bound).unwrap();
+        std::fs::create_dir_all(devices.path().join("0000:03:00.2/net")).unwrap();
+        let interface = |address| interface_of(devices.path(), address);
+        assert_eq!(interface("0000:03:00.1").unwrap().as_str(), "enp3s0f1");
+        for unbound in ["0000:03:00.2", "0000:03:00.3"] {
+            assert_eq!(interface(unbound).unwrap_err().kind, Kind::Precondition);
+        }
+    }
+
+    #[test]
     fn what_is_not_supported_is_said_with_what_is() {
         let qbh = envelope("VIFPortProfile8021Qbh", "1.1", json!({}));
         let hybrid = json!({"interface_id": ID, "hybrid_plug": true, "bridge_name": "qbr1"});
         let hybrid = envelope("VIFPortProfileFPOpenVSwitch", "1.4", hybrid);
-        let generic = envelope("VIFGeneric", "1.0", json!({"id": ID, "vif_name": "tap1"}));
+        let device = envelope("VIFHostDevice", "1.0", json!({"id": ID, "dev_address": "0000:03:00.1"}));
+        let qbg = envelope("VIFPortProfile8021Qbg", "1.1", json!({}));
+        let direct = json!({"id": ID, "mode": "vepa", "vlan_name": "vlan7", "port_profile": qbg});
+        let direct = envelope("VIFDirect", "1.0", direct);
         let bare = envelope("VIFOpenVSwitch", "1.0", json!({"id": ID, "vif_name": "tap1"}));
         for (value, named) in [
             (vif(json!({"port_profile": qbh})), "VIFPortProfile8021Qbh"),
             (vif(json!({"port_profile": hybrid, "vif_name": "tap1"})), "hybrid"),
-            (generic, "VIFGeneric"),
+            (device, "VIFHostDevice"),
+            (direct, "VIFPortProfile8021Qbg"),
             (bare, "VIFOpenVSwitch"),
         ] {
             let problem = plug(&value).unwrap_err();
@@ -327,6 +405,9 @@ mod tests {
             (envelope("VIFVHostUser", "1.1", json!({"id": ID, "mode": "client"})), "vif.path"),
             (envelope("VIFVHostUser", "1.1", json!({"id": ID, "path": "/x"})), "vif.mode"),
             (envelope("VIFVHostUser", "1.1", json!({})), "vif.id"),
+            (envelope("VIFGeneric", "1.0", json!({"id": ID})), "vif.vif_name"),
+            (envelope("VIFDirect", "1.0", json!({"id": ID, "mode": "vepa"})), "vif.dev_address"),
+            (envelope("VIFDirect", "1.0", json!({"id": ID, "vlan_name": "v"})), "vif.mode"),
         ] {
             assert_eq!(plug(&value).unwrap_err().field.as_deref(), Some(field));
         }

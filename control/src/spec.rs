@@ -4,20 +4,22 @@
 //!
 //! ```text
 //! socket        a port of the network, for a guest, or attached to another switch as if we were one
-//! to            the network's uplink: a TAP, alone, in a Linux bridge or in Open vSwitch
+//! to            the network's uplink: a TAP, alone, in a Linux bridge or in Open vSwitch, or a macvtap
 //! socket + to   the two joined: a network of their own
-//! to, as guest  a TAP that a guest's VMM opens: in Open vSwitch, and in no network of ours
+//! to, as guest  a TAP or macvtap that a guest's VMM opens: in no network of ours
 //! ```
 //!
 //! [`PlugSpec::completed`] fills in what was left out, so that two ways of asking for the same thing compare equal and
 //! a record says everything that unplug needs.
 
+mod macvtap;
 mod ovs;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
+pub use self::macvtap::{Macvtap, MacvtapMode};
 pub use self::ovs::{DatapathType, KernelGuest, Ovs};
 use crate::names::{IfName, Mac, Name, SocketPath};
 
@@ -109,6 +111,9 @@ pub enum To {
         /// Address of the host's interface; the kernel picks one if left out.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         mac: Option<Mac>,
+        /// The TAP itself is the guest's card: its VMM opens it, and no frame of it goes through vhostd.
+        #[serde(default, skip_serializing_if = "is_false")]
+        guest: bool,
     },
     /// A TAP in a Linux bridge.
     Bridge {
@@ -120,6 +125,8 @@ pub enum To {
     },
     /// A TAP in an Open vSwitch bridge.
     Ovs(Ovs),
+    /// A macvtap on one of the host's interfaces.
+    Macvtap(Macvtap),
 }
 
 /// Why a spec cannot be.
@@ -169,8 +176,8 @@ impl PlugSpec {
     pub fn completed(mut self, id: &Name) -> Result<Self, SpecError> {
         match (&self.socket, &self.to) {
             (None, None) => return Err(SpecError::Empty),
-            (Some(_), Some(To::Ovs(Ovs { guest: Some(_), .. }))) => return Err(SpecError::TwoCards),
-            (Some(_), Some(_)) | (_, Some(To::Ovs(Ovs { guest: Some(_), .. }))) => {
+            (Some(_), Some(_)) if self.kernel_guest().is_some() => return Err(SpecError::TwoCards),
+            (socket, Some(_)) if socket.is_some() || self.kernel_guest().is_some() => {
                 if let Some(network) = self.network {
                     return Err(SpecError::NetworkOfItsOwn(network));
                 }
@@ -187,7 +194,9 @@ impl PlugSpec {
         if let Some(queues) = self.queues {
             bounded("spec.queues", queues, QUEUES_RANGE)?;
         }
-        if let Some(To::Bridge { tap, .. } | To::Ovs(Ovs { tap, .. })) = &mut self.to {
+        if let Some(To::Bridge { tap, .. } | To::Ovs(Ovs { tap, .. }) | To::Macvtap(Macvtap { tap, .. })) =
+            &mut self.to
+        {
             tap.get_or_insert_with(|| tap_name(id));
         }
         Ok(self)
@@ -216,7 +225,13 @@ impl PlugSpec {
 
     /// What is made for a guest whose card is the TAP itself.
     pub fn kernel_guest(&self) -> Option<KernelGuest> {
-        self.ovs().and_then(|ovs| ovs.guest)
+        match &self.to {
+            Some(To::Ovs(ovs)) => ovs.guest,
+            Some(To::Tap { guest: true, .. } | To::Macvtap(Macvtap { guest: true, .. })) => {
+                Some(KernelGuest { make_tap: true, make_port: false })
+            }
+            _ => None,
+        }
     }
 
     /// True for a port that is a guest to another switch.
@@ -263,6 +278,7 @@ impl To {
         match self {
             Self::Tap { tap, .. } | Self::Bridge { tap: Some(tap), .. } => tap.clone(),
             Self::Ovs(ovs) => ovs.tap(id),
+            Self::Macvtap(macvtap) => macvtap.tap(id),
             Self::Bridge { tap: None, .. } => tap_name(id),
         }
     }
@@ -287,6 +303,11 @@ fn tap_name(id: &Name) -> IfName {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     });
     format!("vhd{:012x}", hash >> 16).parse().expect("fifteen letters and digits are an interface name")
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 fn differing(a: &Value, b: &Value, at: &str, fields: &mut Vec<String>) {
@@ -357,6 +378,24 @@ mod tests {
     }
 
     #[test]
+    fn a_macvtap_or_a_tap_may_be_a_guests_card() {
+        let to = json!({"kind": "macvtap", "device": "eth1"});
+        let joined = spec(json!({"socket": listen(), "to": to})).completed(&name("vm1")).unwrap();
+        let whole = json!({"kind": "macvtap", "device": "eth1", "mode": "bridge", "tap": "vhd-vm1"});
+        assert_eq!(serde_json::to_value(&joined).unwrap()["to"], whole);
+        assert!(spec(json!({"to": to})).completed(&name("up")).unwrap().is_uplink());
+        for to in [
+            json!({"kind": "macvtap", "device": "eth1", "mode": "vepa", "guest": true}),
+            json!({"kind": "tap", "tap": "tap1", "guest": true}),
+        ] {
+            let card = spec(json!({"to": to, "mac": "52:54:00:00:00:01"})).completed(&name("vm1")).unwrap();
+            assert!(!card.is_uplink() && card.network.is_none() && card.kernel_guest().is_some());
+            let two = spec(json!({"to": to, "socket": listen()})).completed(&name("vm1"));
+            assert!(matches!(two, Err(SpecError::TwoCards)));
+        }
+    }
+
+    #[test]
     fn a_joined_plug_is_a_network_of_its_own() {
         let joined = json!({"socket": listen(), "to": {"kind": "tap", "tap": "tap0"}});
         let joined = spec(joined).completed(&name("vm1")).unwrap();
@@ -396,6 +435,7 @@ mod tests {
             json!({"socket": {"role": "listen", "path": "/x", "mode": "server"}}),
             json!({"to": {"kind": "tap", "tap": "t", "bridge": "b"}}),
             json!({"to": {"kind": "macvtap", "tap": "t"}}),
+            json!({"to": {"kind": "macvtap", "device": "eth0", "mode": "private"}}),
             json!({"socket": {"role": "server", "path": "/x"}}),
         ];
         for bad in bad {

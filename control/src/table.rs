@@ -114,6 +114,7 @@ fn to(plug: &Plug) -> String {
         To::Tap { tap, .. } => format!("tap:{tap}"),
         To::Bridge { bridge, .. } => format!("bridge:{bridge} ({})", to.tap(&plug.id)),
         To::Ovs(ovs) => format!("ovs:{} ({})", ovs.bridge, to.tap(&plug.id)),
+        To::Macvtap(macvtap) => format!("macvtap:{} ({})", macvtap.device, to.tap(&plug.id)),
     })
 }
 

@@ -173,3 +173,38 @@ fn os_vif_profiles_make_taps() {
         assert_eq!(daemon.link(name), Value::Null, "{name}");
     }
 }
+
+#[test]
+fn a_macvtap_is_joined_with_a_guest_or_is_its_card() {
+    let place = Place::default();
+    let daemon = place.serve();
+    // Macvtaps' devices are named by interface numbers in one directory for all namespaces.
+    daemon.inside(&["ip", "link", "add", "eth1", "index", "3001", "type", "veth", "peer", "name", "out1"]);
+    let socket = place.path("vm1.sock").display().to_string();
+    let mac = "52:54:00:00:00:11";
+    place.vhostd(&["plug", "vm1", "--listen", &socket, "--to", "macvtap:eth1", "--mac", mac]).ok();
+    let link = daemon.link("vhd-vm1");
+    assert_eq!((&link["link"], &link["address"]), (&json!("eth1"), &json!(mac)));
+    assert_eq!(link["linkinfo"]["info_data"]["mode"], json!("bridge"));
+    let ports = place.vhostd(&["stats", "vm1", "-o", "json"]).ok().json();
+    assert_eq!(ports.as_array().unwrap().len(), 2);
+
+    let card = json!({"kind": "macvtap", "device": "eth1", "tap": "mvt2", "guest": true});
+    let asked = json!({"spec": {"to": card, "mac": "52:54:00:00:00:12"}}).to_string();
+    let made = place.http("PUT", "/v1/plugs/vm2?wait=forwarding", &asked);
+    assert_eq!((made.status, &made.json()["status"]["phase"]), (201, &json!("forwarding")));
+    assert_eq!(daemon.link("mvt2")["address"], json!("52:54:00:00:00:12"));
+    assert_eq!(place.http("PUT", "/v1/plugs/vm2", &asked).status, 200);
+
+    let taken = json!({"spec": {"to": {"kind": "macvtap", "device": "eth1", "mode": "passthrough"}}});
+    let taken = place.http("PUT", "/v1/plugs/vm3", &taken.to_string());
+    assert_eq!(taken.status, 409, "{}", taken.json());
+    assert!(taken.json()["detail"].as_str().unwrap().contains("passthrough"));
+    let missing = place.vhostd(&["plug", "vm4", "--to", "macvtap:eth9"]);
+    assert!(missing.code == 7 && missing.err.contains("there is no interface eth9"), "{missing:?}");
+    for id in ["vm1", "vm2", "vm3", "vm4"] {
+        place.vhostd(&["unplug", id]).ok();
+    }
+    assert_eq!((daemon.link("vhd-vm1"), daemon.link("mvt2")), (Value::Null, Value::Null));
+    assert_ne!(daemon.link("eth1"), Value::Null);
+}

@@ -4,13 +4,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use dataplane::{Dataplane, Link, PortId, PortSpec};
-use hostnet::{HostNet, TapSpec};
+use hostnet::{HostNet, MacvtapSpec, TapSpec};
 use tokio::sync::watch;
 use vhost_user::{Access, Endpoint};
 
 use super::ovs::OpenVSwitch;
 use crate::names::Name;
-use crate::spec::{PlugSpec, Role, Socket, To};
+use crate::spec::{Macvtap, PlugSpec, Role, Socket, To};
 use crate::status::{Status, Whose};
 
 /// How sockets that we make look, and where sockets may be.
@@ -94,6 +94,8 @@ impl StepError {
             Self::Host(error) => matches!(
                 error,
                 Host::Busy { .. }
+                    | Host::DeviceTaken { .. }
+                    | Host::OtherDevice { .. }
                     | Host::Foreign { .. }
                     | Host::OtherPlug { .. }
                     | Host::WrongKind { .. }
@@ -240,6 +242,10 @@ impl Steps {
 
     /// The TAP, and its place in a Linux bridge. Nothing to forward for if the TAP is the guest's.
     async fn ensure_host_side(&self, id: &Name, spec: &PlugSpec, to: &To) -> Result<Option<Link>, StepError> {
+        if let To::Macvtap(macvtap) = to {
+            let queues = self.host.ensure_macvtap(&macvtap_spec(id, spec, macvtap)).await?.queues;
+            return Ok((!macvtap.guest).then_some(Link::Tap { queues }));
+        }
         let tap = tap_spec(id, spec, to);
         if let Some(guest) = spec.kernel_guest() {
             if guest.make_tap {
@@ -262,9 +268,14 @@ impl Steps {
         if let To::Ovs(ovs) = to {
             self.ovs.remove_port(id, ovs).await?;
         }
-        self.host.remove_tap(to.tap(id).as_str(), id.as_str()).await?;
+        let name = to.tap(id);
+        if matches!(to, To::Macvtap(_)) {
+            self.host.remove_macvtap(name.as_str(), id.as_str()).await?;
+        } else {
+            self.host.remove_tap(name.as_str(), id.as_str()).await?;
+        }
         match to {
-            To::Tap { .. } => {}
+            To::Tap { .. } | To::Macvtap(_) => {}
             To::Bridge { bridge, .. } => {
                 let _nobody_joins_it = self.bridges.lock().await;
                 self.host.remove_bridge(bridge.as_str()).await?;
@@ -314,13 +325,26 @@ fn tap_spec(id: &Name, spec: &PlugSpec, to: &To) -> TapSpec {
         queues: spec.tap_queues(),
         mtu: Some(spec.mtu_bytes().into()),
         address: match to {
-            To::Tap { mac, .. } => mac.map(|mac| mac.0),
+            To::Tap { mac: Some(mac), .. } => Some(mac.0),
             // The guest's card itself.
-            To::Ovs(ovs) if ovs.guest.is_some() => spec.mac.map(|mac| mac.0),
+            _ if spec.kernel_guest().is_some() => spec.mac.map(|mac| mac.0),
             _ => None,
         },
         persistent: true,
         // Only a TAP asked for by its own name may be an administrator's.
         adopt: matches!(to, To::Tap { .. }),
+    }
+}
+
+/// Frames to other addresses than its own do not reach a macvtap, so it has the guest's.
+fn macvtap_spec(id: &Name, spec: &PlugSpec, macvtap: &Macvtap) -> MacvtapSpec {
+    MacvtapSpec {
+        name: macvtap.tap(id).to_string(),
+        owner: id.to_string(),
+        device: macvtap.device.to_string(),
+        mode: macvtap.mode.into(),
+        queues: spec.tap_queues(),
+        mtu: Some(spec.mtu_bytes().into()),
+        address: spec.mac.map(|mac| mac.0),
     }
 }

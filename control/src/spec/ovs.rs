@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::tap_name;
+use super::{is_false, tap_name};
 use crate::names::{ExternalId, IfName, Name};
 
 /// Trunk bridges of Neutron, one a trunk port, are named so and go with their port.
@@ -98,9 +98,4 @@ impl Ovs {
     pub fn is_trunk(&self) -> bool {
         self.bridge.as_str().starts_with(TRUNK_PREFIX)
     }
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
-fn is_false(value: &bool) -> bool {
-    !value
 }
