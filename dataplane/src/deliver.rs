@@ -300,6 +300,9 @@ impl Deliverer {
     fn write(&mut self, queue: &TapPort, burst: &Burst<'_>, select: u64) {
         let (mut frames, mut bytes, mut gso) = (0, 0, 0);
         for frame in each(select) {
+            if let Some(next) = each(select & u64::MAX << frame << 1).next() {
+                burst.prefetch(next);
+            }
             let header = VnetHeader::from_bytes(burst.header(frame));
             match burst.write_to(frame, queue.queue.as_fd(), &mut self.gathered) {
                 Ok(_) => {
@@ -456,6 +459,18 @@ mod tests {
             Some((VnetHeader::from_bytes(header), frame.to_vec()))
         })
         .collect()
+    }
+
+    #[test]
+    fn a_tap_gets_frames_of_any_length_none_shorter_than_a_wire_has() {
+        for len in [14, 59, 60, 116, 117, 1514] {
+            let frame: Vec<u8> = (0u8..=255).cycle().take(len).collect();
+            let mut padded = frame.clone();
+            padded.resize(len.max(60), 0);
+            let got = through(Offloads::NONE, VnetHeader::PLAIN, &frame, &frame);
+            assert_eq!(got.len(), 3, "{len}");
+            assert!(got.iter().all(|(_, bytes)| *bytes == padded), "{len}");
+        }
     }
 
     #[test]
