@@ -1,4 +1,4 @@
-//! Back ends: processes with vhost-user ports that forward between them.
+//! Back ends: processes with vhost-user ports and TAPs that forward between them.
 //!
 //! Each lives in a directory of its own, where its sockets are, and dies with the thread that started it, however that ends.
 
@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 pub use ourselves::serve_if_asked;
 
-/// How long a back end may take until its sockets are there.
+/// How long a back end may take until its sockets and TAPs are there.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A back end.
@@ -34,6 +34,11 @@ pub enum Kind {
     Ovs,
     /// OVS-DPDK with one rule each way between two ports.
     OvsFlows,
+    /// The same, its TAPs with segmentation left to whoever can do it late (`userspace-tso-enable`).
+    OvsTso,
+    /// Two of vhostd that sleep when there is nothing to do, a TAP each, and a front-end port of the one on a socket of
+    /// the other between them.
+    Cable,
 }
 
 impl Kind {
@@ -46,6 +51,8 @@ impl Kind {
             Self::Limit => "limit",
             Self::Ovs => "OVS NORMAL",
             Self::OvsFlows => "OVS flows",
+            Self::OvsTso => "OVS TSO",
+            Self::Cable => "2 x vhostd",
         }
     }
 
@@ -54,10 +61,10 @@ impl Kind {
         let there = |file: &str| Path::new(file).exists();
         match self {
             Self::Dpdk => (!there("/usr/bin/dpdk-testpmd")).then_some("apt-get install dpdk-dev"),
-            Self::Ovs | Self::OvsFlows => {
+            Self::Ovs | Self::OvsFlows | Self::OvsTso => {
                 (!there(ovs::SWITCH)).then_some("apt-get install openvswitch-switch-dpdk")
             }
-            Self::Vhostd | Self::VhostdAdaptive | Self::Limit => None,
+            Self::Vhostd | Self::VhostdAdaptive | Self::Limit | Self::Cable => None,
         }
     }
 }
@@ -65,8 +72,10 @@ impl Kind {
 /// How a back end is to be.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
-    /// How many ports.
+    /// How many ports with a socket.
     pub ports: usize,
+    /// How many TAPs beside them, called [`tap`]`(0)` and so on: none for the bare loop.
+    pub taps: usize,
     /// The longest frame that will come.
     pub frame_max: usize,
     /// Use huge pages (DPDK and OVS; the others have no buffers of their own).
@@ -82,7 +91,7 @@ pub struct Backend {
 }
 
 impl Backend {
-    /// Starts one and waits for its sockets.
+    /// Starts one and waits for its sockets and TAPs.
     pub fn start(kind: Kind, shape: &Shape) -> Result<Self> {
         let mut backend =
             Self { kind, children: Vec::new(), dir: TempDir::with_prefix("bench-")?, ports: shape.ports };
@@ -91,10 +100,16 @@ impl Backend {
                 let child = ourselves::command(kind, backend.dir.path(), shape)?;
                 backend.spawn(child)?;
             }
+            Kind::Cable => {
+                for child in ourselves::cable(backend.dir.path())? {
+                    backend.spawn(child)?;
+                }
+            }
             Kind::Dpdk => backend.spawn(testpmd::command(backend.dir.path(), shape))?,
-            Kind::Ovs | Kind::OvsFlows => ovs::start(&mut backend, shape)?,
+            Kind::Ovs | Kind::OvsFlows | Kind::OvsTso => ovs::start(&mut backend, shape)?,
         }
-        backend.wait_for(&backend.sockets())?;
+        let taps = (0..shape.taps).map(|n| Path::new("/proc/sys/net/ipv4/conf").join(tap(n)));
+        backend.wait_for(&backend.sockets().into_iter().chain(taps).collect::<Vec<_>>())?;
         if kind == Kind::OvsFlows {
             ovs::add_flows(&mut backend)?;
         }
@@ -118,7 +133,7 @@ impl Backend {
 
     /// Whether it takes a core all the time.
     pub fn polls(&self) -> bool {
-        self.kind != Kind::VhostdAdaptive
+        !matches!(self.kind, Kind::VhostdAdaptive | Kind::Cable)
     }
 
     /// Processor time that it has had so far.
@@ -133,12 +148,12 @@ impl Backend {
         Ok(())
     }
 
-    fn wait_for(&mut self, sockets: &[PathBuf]) -> Result<()> {
+    fn wait_for(&mut self, files: &[PathBuf]) -> Result<()> {
         let start = Instant::now();
-        while !sockets.iter().all(|socket| socket.exists()) {
+        while !files.iter().all(|file| file.exists()) {
             self.check()?;
             if start.elapsed() > START_TIMEOUT {
-                bail!("the back end {} made no sockets in {START_TIMEOUT:?}", self.kind.name());
+                bail!("the back end {} made no ports in {START_TIMEOUT:?}", self.kind.name());
             }
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -169,6 +184,11 @@ pub fn cpu_time(pid: u32) -> Duration {
     let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace().skip(11).take(2);
     let ticks: u64 = fields.filter_map(|field| field.parse::<u64>().ok()).sum();
     Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
+}
+
+/// The name of a back end's TAP.
+pub fn tap(n: usize) -> String {
+    format!("tap{n}")
 }
 
 fn socket(dir: &Path, port: usize) -> PathBuf {

@@ -227,12 +227,12 @@ impl LightGuest {
     }
 
     /// Fills every TX buffer with one of `frames` in turn, and offers all buffers of all rings: for [`Self::recycle`].
+    /// Without frames it offers RX buffers only.
     pub fn load(&mut self, frames: &[Vec<u8>]) {
         let stride = self.stride;
         for pair in &mut self.pairs {
             let mut lengths = Vec::new();
-            for i in 0..usize::from(pair.tx.size()) {
-                let frame = &frames[i % frames.len()];
+            for (i, frame) in frames.iter().cycle().take(pair.tx.size().into()).enumerate() {
                 let offset = pair.tx_buffers + i * stride;
                 self.memory.write(offset, &[0; HEADER_LEN]);
                 self.memory.write(offset + HEADER_LEN, frame);
@@ -240,12 +240,15 @@ impl LightGuest {
             }
             let (rx_buffers, tx_buffers) = (pair.rx_buffers, pair.tx_buffers);
             pair.rx.fill(self.buffer_len, true, |i| rx_buffers + usize::from(i) * stride);
+            pair.publish_rx();
+            if frames.is_empty() {
+                continue;
+            }
             pair.tx.fill_each(|i| Buffer {
                 offset: tx_buffers + usize::from(i) * stride,
                 len: lengths[usize::from(i)],
                 writable: false,
             });
-            pair.publish_rx();
             pair.publish_tx();
         }
     }

@@ -1,17 +1,18 @@
 //! Back ends of our own: the running program, started again.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use dataplane::{Config, Dataplane, Link, Poll, PortSpec};
+use sys::tap::TapQueue;
 use vhost_user::{Endpoint, Limits, Sessions};
 
-use super::{Kind, Shape, bound, socket};
-use crate::BACKEND_CPU;
+use super::{Kind, Shape, bound, socket, tap};
 use crate::limit::LimitPort;
+use crate::{BACKEND_CPU, FRONTEND_CPU};
 
 const SERVE: &str = "--serve-as-back-end";
 /// Addresses that a port may teach the switch: more than any traffic here has.
@@ -20,12 +21,14 @@ const FDB_PORT_MAX: u32 = 1 << 17;
 /// To be called first by every `main` that starts back ends: whether the program was started as one, and how that ended.
 pub fn serve_if_asked() -> Option<Result<()>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let [serve, kind, ports, dir] = &args[..] else { return None };
+    let [serve, kind, ports, taps, dir] = &args[..] else { return None };
     (serve == SERVE).then(|| {
         let ports = ports.parse().context("number of ports")?;
+        let taps = taps.parse().context("number of TAPs")?;
         match Kind::from_str(kind, false) {
-            Ok(Kind::Vhostd) => vhostd(dir.as_ref(), ports, Poll::Busy),
-            Ok(Kind::VhostdAdaptive) => vhostd(dir.as_ref(), ports, Poll::Adaptive),
+            Ok(Kind::Vhostd) => vhostd(dir.as_ref(), ports, taps, Poll::Busy),
+            Ok(Kind::VhostdAdaptive) => vhostd(dir.as_ref(), ports, taps, Poll::Adaptive),
+            Ok(Kind::Cable) => cable_end(dir.as_ref(), taps),
             Ok(Kind::Limit) => limit(dir.as_ref()),
             _ => bail!("{kind} is no back end of ours"),
         }
@@ -35,23 +38,53 @@ pub fn serve_if_asked() -> Option<Result<()>> {
 pub(super) fn command(kind: Kind, dir: &Path, shape: &Shape) -> Result<Command> {
     let mut command = bound(std::env::current_exe()?);
     let name = kind.to_possible_value().context("every kind has a name")?;
-    command.args([SERVE, name.get_name()]).arg(shape.ports.to_string()).arg(dir);
+    command.args([SERVE, name.get_name()]).args([shape.ports, shape.taps].map(|n| n.to_string())).arg(dir);
     Ok(command)
 }
 
-fn vhostd(dir: &Path, ports: usize, poll: Poll) -> Result<()> {
+/// Both ends of the cable: the number of its TAP tells which.
+pub(super) fn cable(dir: &Path) -> Result<[Command; 2]> {
+    let end = |taps| command(Kind::Cable, dir, &Shape { ports: 1, taps, frame_max: 0, huge_pages: false });
+    Ok([end(0)?, end(1)?])
+}
+
+fn vhostd(dir: &Path, ports: usize, taps: usize, poll: Poll) -> Result<()> {
+    let sockets = (0..ports).map(|n| Ok(served(socket(dir, n))));
+    let taps = (0..taps).map(|n| opened(&tap(n)));
+    serve(BACKEND_CPU, poll, sockets.chain(taps))
+}
+
+/// End 0 listens, end 1 is its front end.
+fn cable_end(dir: &Path, end: usize) -> Result<()> {
+    let path = socket(dir, 0);
+    let (cpu, cable) = match end {
+        0 => (BACKEND_CPU, served(path)),
+        _ => (FRONTEND_CPU, Link::FrontEnd { endpoint: Endpoint::connect(path), queue_pairs: 1 }),
+    };
+    serve(cpu, Poll::Adaptive, [Ok(cable), opened(&tap(end))].into_iter())
+}
+
+fn served(socket: PathBuf) -> Link {
+    Link::VhostUser { endpoint: Endpoint::listen(socket), mac: None, queue_pairs: 1 }
+}
+
+fn opened(tap: &str) -> Result<Link> {
+    Ok(Link::Tap { queues: vec![TapQueue::create(tap, false)?] })
+}
+
+/// Joins ports to a network, and forwards between them until whoever started the program is gone.
+fn serve(cpu: usize, poll: Poll, links: impl Iterator<Item = Result<Link>>) -> Result<()> {
     let config = Config {
-        cpus: vec![BACKEND_CPU],
+        cpus: vec![cpu],
         poll,
         ageing: Duration::from_secs(300),
         fdb_port_max: FDB_PORT_MAX,
         on_event: Box::new(|_| {}),
     };
     let plane = Dataplane::start(config)?;
-    for port in 0..ports {
-        let endpoint = Endpoint::listen(socket(dir, port));
-        let link = Link::VhostUser { endpoint, mac: None, queue_pairs: 1 };
-        plane.add_port(PortSpec { name: format!("p{port}"), network: "bench".into(), mtu: 9216, link })?;
+    for (port, link) in links.enumerate() {
+        let (name, network) = (format!("p{port}"), "bench".into());
+        plane.add_port(PortSpec { name, network, mtu: 9216, link: link? })?;
     }
     std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
     Ok(())

@@ -1,12 +1,12 @@
 //! OVS-DPDK from Debian's packages: database, switch and ports in a directory of its own, its devices in a network
-//! namespace of its own.
+//! namespace of its own, unless they are wanted in ours.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Backend, Shape, bound};
+use super::{Backend, Kind, Shape, bound, tap};
 use crate::{BACKEND_CPU, FRONTEND_CPU};
 
 /// The switch.
@@ -26,9 +26,12 @@ pub(super) fn start(backend: &mut Backend, shape: &Shape) -> Result<()> {
     run(at(Command::new("ovs-vsctl"), &dir)
         .arg("--no-wait")
         .arg(format!("--db={database}"))
-        .args(configuration(shape)))?;
+        .args(configuration(backend.kind, shape)))?;
     let mut switch = at(bound("unshare"), &dir);
-    switch.args(["--net", SWITCH, "-voff", &database]).stderr(Stdio::null());
+    switch
+        .args((shape.taps == 0).then_some("--net"))
+        .args([SWITCH, "-voff", &database])
+        .stderr(Stdio::null());
     backend.spawn(switch)
 }
 
@@ -44,7 +47,7 @@ pub(super) fn add_flows(backend: &mut Backend) -> Result<()> {
     Ok(())
 }
 
-fn configuration(shape: &Shape) -> Vec<String> {
+fn configuration(kind: Kind, shape: &Shape) -> Vec<String> {
     let memory = if shape.huge_pages { "--in-memory" } else { "--no-huge" };
     let mut words: Vec<String> =
         ["init", "--", "set", "Open_vSwitch", ".", "other_config:dpdk-init=true"].map(Into::into).into();
@@ -52,6 +55,7 @@ fn configuration(shape: &Shape) -> Vec<String> {
         format!("other_config:pmd-cpu-mask={:#x}", 1 << BACKEND_CPU),
         format!("other_config:dpdk-lcore-mask={:#x}", 1 << FRONTEND_CPU),
         format!("other_config:dpdk-extra={memory} --no-pci -m 256"),
+        format!("other_config:userspace-tso-enable={}", kind == Kind::OvsTso),
     ]);
     let bridge = "-- add-br br -- set Bridge br datapath_type=netdev other_config:mac-table-size=200000";
     words.extend(bridge.split(' ').map(Into::into));
@@ -61,6 +65,11 @@ fn configuration(shape: &Shape) -> Vec<String> {
             n + 1,
             shape.frame_max.saturating_sub(18).max(1500)
         );
+        words.extend(port.split(' ').map(Into::into));
+    }
+    // A port of type internal is a TAP.
+    for tap in (0..shape.taps).map(tap) {
+        let port = format!("-- add-port br {tap} -- set Interface {tap} type=internal");
         words.extend(port.split(' ').map(Into::into));
     }
     words

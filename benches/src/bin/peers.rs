@@ -215,7 +215,7 @@ fn config(part: Part) -> LightConfig {
 /// All rounds of one case.
 fn measure(case: &Case, kinds: &[Kind], args: &Args, huge_pages: bool) -> Result<Row> {
     let time = Duration::from_secs_f64(args.seconds);
-    let shape = Shape { ports: case.ports, frame_max: case.traffic.longest(), huge_pages };
+    let shape = Shape { ports: case.ports, taps: 0, frame_max: case.traffic.longest(), huge_pages };
     let mut figures: BTreeMap<Kind, Vec<f64>> = BTreeMap::new();
     let mut disturbed = 0;
     for _ in 0..args.rounds {
