@@ -19,7 +19,8 @@
 //! A source without frames for [`IDLE`] is *armed*: its guest is asked for a kick, and it is not looked at any more until
 //! the kick comes. Armed sources cost nothing, however many there are. A worker without active sources sleeps in epoll.
 //! Kick fds are watched edge-triggered and never read: each write by the guest is an edge. Arming asks for kicks first
-//! and looks at the ring afterwards, so that no frame falls between (the guest does it the other way round).
+//! and looks at the ring afterwards, so that no frame falls between (the guest does it the other way round). A TAP is watched
+//! only while it is armed: a watch costs its sender time for each frame.
 //!
 //! Commands come by the `mailbox`, which wakes a sleeping worker.
 //!
@@ -464,8 +465,11 @@ impl Worker {
             return false;
         }
         match &source.port.link {
-            // Every frame that comes is an edge of its own.
-            PortLink::Tap(_) => true,
+            // If frames came meanwhile, that is an event at once.
+            PortLink::Tap(tap) => tap
+                .queues
+                .get(usize::from(source.queue))
+                .is_none_or(|tap| self.shared.watch(tap.queue.as_fd(), source.key).is_ok()),
             PortLink::FrontEnd(_) => {
                 let Some(pair) = source.port.driven(source.queue) else { return true };
                 pair.rx.lock().ring.as_mut().is_none_or(|rx| rx.ring.arm())
@@ -503,6 +507,12 @@ impl Worker {
             {
                 rx.ring.disarm();
             }
+        }
+        if let PortLink::Tap(tap) = &source.port.link
+            && let Some(tap) = tap.queues.get(usize::from(source.queue))
+        {
+            // Until it rests again.
+            self.shared.unwatch(tap.queue.as_fd());
         }
         source.last = self.now;
         if !source.active {
@@ -619,12 +629,6 @@ impl Worker {
 
     fn add(&mut self, port: Arc<Port>, queue: u16) {
         let key = key(&port, queue);
-        if let PortLink::Tap(tap) = &port.link
-            && let Some(tap) = tap.queues.get(usize::from(queue))
-            && let Err(error) = self.shared.watch(tap.queue.as_fd(), key)
-        {
-            tracing::error!(port = port.name, queue, %error, "cannot watch the TAP");
-        }
         let generation = port.network.generation();
         let table = port.network.table();
         let source = Source { key, port, queue, table, generation, active: false, last: self.now };
