@@ -346,11 +346,15 @@ impl Plugs {
     /// Takes the steps that have not succeeded yet.
     async fn attach(self: &Arc<Self>, id: &Name, spec: &PlugSpec) -> Result<(), StepError> {
         self.watch_over(spec);
-        if !matches!(self.table.look(id), Some((_, Some(_), _))) {
+        let again = matches!(self.table.look(id), Some((_, Some(_), _)));
+        if !again {
             let ports = self.steps.attach(id, spec).await?;
             self.table.attached(id, ports);
         }
-        self.steps.join(id, spec).await?;
+        if self.steps.join(id, spec).await? && again {
+            tracing::warn!(plug = %id, "somebody else had taken it out of Open vSwitch; put back");
+            self.events.publish(EventKind::Repaired, Some(id.as_str()), "put back into Open vSwitch");
+        }
         self.table.settled(id);
         Ok(())
     }
@@ -386,16 +390,9 @@ impl Plugs {
         let Some((Record { intent: Intent::Plugged, spec, .. }, Some(_), None)) = self.table.look(id) else {
             return;
         };
-        match self.steps.join(id, &spec).await {
-            Ok(true) => {
-                tracing::warn!(plug = %id, "somebody else had removed its port from Open vSwitch; put back");
-                self.events.publish(EventKind::Repaired, Some(id.as_str()), "put back into Open vSwitch");
-            }
-            Ok(false) => {}
-            Err(error) => {
-                self.failed(id, error.into());
-                self.retry(id);
-            }
+        if let Err(error) = self.attach(id, &spec).await {
+            self.failed(id, error.into());
+            self.retry(id);
         }
     }
 

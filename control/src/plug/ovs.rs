@@ -2,15 +2,18 @@
 //!
 //! Whether a port forwards is not ours to say: ovs-vswitchd opens the device, OVN puts flows in place. So all of it is read
 //! from the database as it changes ([`ovsdb::View`]), and a plug forwards when nothing there is missing. What the database
-//! cannot tell, that ovs-vswitchd has died, is seen at a bridge's management socket beside the database's.
+//! cannot tell, that ovs-vswitchd has died, is told by the end of a connection to its control socket, which is beside the
+//! database's.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 use hostnet::{HostNet, Kind, LinkState};
 use ovsdb::{Address, Client, DatapathType, Device, Monitor, PortSpec, Switch, View};
+use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
@@ -22,8 +25,8 @@ use crate::status::{Condition, Phase, Whose};
 /// First and longest pause before the database is followed again.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_LONGEST: Duration = Duration::from_secs(2);
-/// How often ovs-vswitchd is looked for.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// How often ovs-vswitchd is looked for while it is not there.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// There if the kernel forwards for Open vSwitch.
 const KERNEL_MODULE: &str = "/sys/module/openvswitch";
@@ -41,7 +44,7 @@ pub(super) struct OpenVSwitch {
 struct Seen {
     /// The database's content, or why it is not known.
     view: Result<View, String>,
-    /// Nobody answers where ovs-vswitchd would.
+    /// ovs-vswitchd has ended.
     switch_is_down: bool,
 }
 
@@ -181,19 +184,28 @@ impl OpenVSwitch {
         }
     }
 
+    /// A switch that answers once is missed when it does not any more; of one that was never seen nothing is said.
     async fn look_for_switch(&self) {
         let Address::Unix(database) = self.switch.address() else { return };
         let Some(dir) = Path::new(database).parent() else { return };
         loop {
-            tokio::time::sleep(LOOK_EVERY).await;
-            let bridge = self.seen().view.as_ref().ok().and_then(|view| view.any_bridge().map(str::to_owned));
-            let Some(bridge) = bridge else { continue };
-            // A listener's socket refuses when its process has died; where there is none, nothing can be told.
-            let looked = UnixStream::connect(dir.join(format!("{bridge}.mgmt"))).await;
-            let is_down = looked.is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused);
-            if self.seen().switch_is_down != is_down {
-                self.see(|seen| seen.switch_is_down = is_down);
+            match control_socket(dir).await {
+                ControlSocket::Connected(mut stream) => {
+                    self.see_switch(false);
+                    // It says nothing unasked: this ends when it does.
+                    let _ = stream.read(&mut [0]).await;
+                    self.see_switch(true);
+                }
+                ControlSocket::Dead => self.see_switch(true),
+                ControlSocket::Absent => {}
             }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    fn see_switch(&self, is_down: bool) {
+        if self.seen().switch_is_down != is_down {
+            self.see(|seen| seen.switch_is_down = is_down);
         }
     }
 
@@ -205,6 +217,32 @@ impl OpenVSwitch {
     fn seen(&self) -> MutexGuard<'_, Seen> {
         self.seen.lock().expect("no holder of this lock panics")
     }
+}
+
+/// What there is of ovs-vswitchd's control socket, `ovs-vswitchd.PID.ctl` (ovs-vswitchd(8), `--unixctl`).
+enum ControlSocket {
+    Connected(UnixStream),
+    /// Left behind by one that was killed.
+    Dead,
+    Absent,
+}
+
+async fn control_socket(dir: &Path) -> ControlSocket {
+    let Ok(mut entries) = tokio::fs::read_dir(dir).await else { return ControlSocket::Absent };
+    let mut found = ControlSocket::Absent;
+    while let Ok(Some(entry)) = entries.next_entry().await {
+        let name = entry.file_name();
+        let is_control = |name: &str| name.starts_with("ovs-vswitchd") && name.ends_with(".ctl");
+        if !name.to_str().is_some_and(is_control) {
+            continue;
+        }
+        match UnixStream::connect(entry.path()).await {
+            Ok(stream) => return ControlSocket::Connected(stream),
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => found = ControlSocket::Dead,
+            Err(_) => {}
+        }
+    }
+    found
 }
 
 /// A link of the bridge's name that is no bridge of Open vSwitch would make ovs-vswitchd fail in a way that only its log tells.

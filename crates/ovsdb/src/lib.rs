@@ -20,7 +20,8 @@
 //! # In reading order
 //!
 //! [`frame`] messages out of a stream of bytes · [`value`] the notation of RFC 7047 for sets, maps and rows ·
-//! [`Connection`](connection) · [`Client`] requests, many at a time · [`Switch`] bridges and ports · [`Monitor`] and
+//! [`Connection`](connection) · [`Client`] requests, many at a time · [`PortSpec`]
+//! what to write for a port · [`Switch`] bridges and ports · [`Monitor`] and
 //! [`View`] what becomes of them afterwards.
 //!
 //! Whoever answers at the socket may be broken: size, depth and time of everything it sends are bounded, and what makes no
@@ -32,6 +33,7 @@ pub mod connection;
 mod error;
 pub mod frame;
 mod monitor;
+mod plan;
 mod switch;
 pub mod value;
 
@@ -39,4 +41,5 @@ pub use client::Client;
 pub use connection::Address;
 pub use error::Error;
 pub use monitor::{Interface, Monitor, View};
-pub use switch::{BRIDGE_MARK, DatapathType, Device, PORT_MARK, PortSpec, Switch};
+pub use plan::{BRIDGE_MARK, DatapathType, Device, PORT_MARK, PortSpec};
+pub use switch::Switch;

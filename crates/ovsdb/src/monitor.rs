@@ -181,11 +181,6 @@ impl View {
         self.bridges.uuids.contains_key(name)
     }
 
-    /// The name of some bridge.
-    pub fn any_bridge(&self) -> Option<&str> {
-        self.bridges.uuids.keys().next().map(String::as_str)
-    }
-
     /// The bridge in which OVN makes logical ports out of ports with an `iface-id`, if OVN is set up on this host
     /// (ovn-controller(8)).
     pub fn ovn_bridge(&self) -> Option<&str> {
