@@ -5,7 +5,7 @@
 #   nova    the os-vif plugin with PyPI's newest os-vif, with 4.3.1, and with nova: two guests as nova starts them
 #   soak    the tests from outside with the full counts where `test` runs a part of them, those of changing and vanishing
 #           memory under AddressSanitizer, Miri, half an hour a fuzz target
-#   bench   criterion benches, start-up and memory, then the same traffic through vhostd and its peers, and latencies
+#   bench   criterion benches, start-up, memory and plugs, then the same traffic through vhostd and its peers, and latencies
 #   lint    format, clippy and docs, warnings are errors
 #
 # test, nova and lint build the dev profile, demo, soak and bench the release profile, each once.
@@ -56,10 +56,11 @@ soak:
 	tests/fuzz/run.sh 1800
 
 bench:
-	tests/setup.sh build dpdk
+	tests/setup.sh build dpdk ovs
 	cargo bench -p benches
 	cargo build --release -p vhostd -p benches
 	$(CARGO_TARGET_DIR)/release/footprint
+	$(CARGO_TARGET_DIR)/release/plugs
 	$(CARGO_TARGET_DIR)/release/peers
 	$(CARGO_TARGET_DIR)/release/virtio_user
 	$(CARGO_TARGET_DIR)/release/latency
