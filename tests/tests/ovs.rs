@@ -14,6 +14,7 @@ use e2e::netns::Netns;
 use e2e::oracle::{Flow, Oracle};
 use e2e::ovs::{Dpdk, Ovs};
 use e2e::peer::{Peer, PeerConfig};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use vring::HEADER_LEN;
 
@@ -54,7 +55,7 @@ impl Host {
         };
         let mut state = vec![links];
         state.push(rows("Bridge", "name,datapath_type,external_ids")?);
-        state.push(rows("Port", "name,tag,vlan_mode,trunks,external_ids")?);
+        state.push(rows("Port", "name,tag,vlan_mode,trunks")?);
         state.push(rows("Interface", "name,type,mtu_request,external_ids")?);
         state.push(rows("QoS", "type")?);
         Ok(state.iter().map(|rows| sorted(rows)).collect::<Vec<_>>().join("\n"))
@@ -216,9 +217,9 @@ fn a_tap_that_somebody_removed_is_made_again_and_the_switch_takes_the_new_one() 
     host.plug("a", "br0", &[])?;
     host.plug("b", "br0", &[])?;
     // The switch does not run meanwhile: it sees the same name again, and another device behind it.
-    host.ovs.switch().context("it runs")?.signal(e2e::process::Signal::STOP)?;
+    host.ovs.switch().context("it runs")?.signal(Signal::STOP)?;
     host.daemon.kill_and_restart_after(|| host.ovs.host().run("ip link del vhd-a").map(drop))?;
-    host.ovs.switch().context("it runs")?.signal(e2e::process::Signal::CONT)?;
+    host.ovs.switch().context("it runs")?.signal(Signal::CONT)?;
     let (mut a, mut b) = (host.guest("a")?, host.guest("b")?);
     exchange(&mut a, &mut b)
 }
@@ -429,6 +430,47 @@ fn an_isolated_port_starts_in_the_dead_vlan_and_stays_where_somebody_puts_it() -
     host.daemon.kill_and_restart()?;
     assert!(host.plug_document("vm1", &spec)?.status.success());
     assert_eq!(host.ovs.vsctl("get Port vhd-vm1 tag vlan_mode trunks")?, "7\n[]\n[]");
+    Ok(())
+}
+
+/// Whatever step the daemon is at when it is killed, what it wrote down before decides: it goes on, or there is nothing.
+#[test]
+fn a_daemon_killed_in_the_middle_of_a_plug_or_unplug_leaves_neither_gaps_nor_leftovers() -> Result<()> {
+    const ROUNDS: u32 = 12;
+    let mut host = Host::start()?;
+    let before = host.state()?;
+    let spec = json!({"socket": {"role": "listen", "path": host.socket("vm1")},
+                      "to": {"kind": "ovs", "bridge": "br0", "iface_id": "lsp1"}});
+    let body = json!({"spec": spec}).to_string();
+    host.daemon.http("PUT", "/v1/plugs/vm1", &body)?;
+    let plugged = host.state()?;
+    for round in 0..ROUNDS {
+        let (method, body) = if round % 2 == 0 { ("DELETE", "") } else { ("PUT", body.as_str()) };
+        let (sender, done) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            let daemon = &host.daemon;
+            scope.spawn(move || {
+                // It fails when the daemon dies first.
+                let _ = daemon.http(method, "/v1/plugs/vm1", body);
+                let _ = sender.send(());
+            });
+            let _ = done.recv_timeout(Duration::from_millis((1 + round / 2).into()));
+            let pid = Pid::from_raw(daemon.pid().cast_signed()).context("a process")?;
+            kill_process(pid, Signal::KILL)?;
+            anyhow::Ok(())
+        })?;
+        host.daemon.kill_and_restart()?;
+        let is_there = || host.daemon.run(&["ls", "-o", "name"]).map(|names| !names.is_empty());
+        wait_for_some("the plug to be there whole, or not at all", SOON, || {
+            let (there, state) = (is_there()?, host.state()?);
+            Ok((state == if there { plugged.as_str() } else { before.as_str() }).then_some(()))
+        })
+        .with_context(|| host.state().unwrap_or_default())?;
+        // Each round begins where an unkilled one would have ended.
+        host.daemon.http(method, "/v1/plugs/vm1", body)?;
+    }
+    host.daemon.run(&["unplug", "vm1"])?;
+    assert_eq!(host.state()?, before);
     Ok(())
 }
 
