@@ -6,9 +6,9 @@
 //! # Why one system call a frame
 //!
 //! The call is a small part of what a frame costs: the kernel makes or frees a socket buffer and takes it through its stack
-//! within the call, whoever asks for it in whatever way. What batches calls saves less than a tenth of a write and less than
-//! a fifth of a read (io_uring), and what passes by the TAP (AF_PACKET or AF_XDP on a veth) takes a longer way through the
-//! stack, up to a third slower, or has no place for the virtio-net header, so that no frame of 64 KiB goes through whole.
+//! within the call, whoever asks for it in whatever way. Batches of calls (io_uring) save less than a tenth of a write and a
+//! seventh of a read. What passes by the TAP (a veth driven by AF_PACKET or AF_XDP) is up to two fifths slower, and AF_XDP
+//! has no place for the virtio-net header, so that no frame of 64 KiB would go through whole.
 //! Figures are in `docs/performance.md`, "To the host".
 
 use std::os::fd::AsFd;
