@@ -609,3 +609,6 @@ unsafe fn writev(fd: BorrowedFd<'_>, pieces: &[libc::iovec]) -> io::Result<usize
     let written = unsafe { libc::syscall(libc::SYS_writev, fd.as_raw_fd(), pieces.as_ptr(), pieces.len()) };
     usize::try_from(written).map_err(|_| io::Error::last_os_error())
 }
+
+#[cfg(all(test, not(miri), not(loom)))]
+mod tests;
