@@ -1,5 +1,5 @@
 //! What the daemon costs before a frame moves: time until its API answers, time to plug 256 ports, memory with none and
-//! with 256, and the time a restart takes to have them all back.
+//! with 256, the time a restart takes to have them all back, and memory of a front-end port that is connected and idle.
 //!
 //! `cargo build --release -p vhostd -p benches && target/release/footprint`
 #![forbid(unsafe_code)]
@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 const PORTS: usize = 256;
+/// Front-end ports, attached to as many ports of another daemon.
+const FRONT_ENDS: usize = 64;
 const START_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A daemon on a state directory; killed when dropped.
@@ -98,5 +100,26 @@ fn main() -> Result<()> {
         std::thread::sleep(Duration::from_micros(200));
     }
     println!("and has all plugs back after  {:7.1} ms", (up + begun.elapsed()).as_secs_f64() * 1e3);
+    println!("memory, a front-end port idle {:7.1} KiB", front_end_kib()?);
     Ok(())
+}
+
+/// What each of many front-end ports adds to a daemon, connected and idle.
+fn front_end_kib() -> Result<f64> {
+    let dirs = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let ((back, _), (front, _)) = (Daemon::start(dirs.0.path())?, Daemon::start(dirs.1.path())?);
+    let before = front.rss_mib()?;
+    for n in 0..FRONT_ENDS {
+        let socket = dirs.0.path().join(format!("{n}.sock"));
+        for (daemon, role) in [(&back, "listen"), (&front, "frontend_connect")] {
+            let body = format!(r#"{{"spec":{{"socket":{{"path":{socket:?},"role":"{role}"}}}}}}"#);
+            daemon.request("PUT", &format!("/v1/plugs/port{n}"), &body)?;
+        }
+    }
+    let begun = Instant::now();
+    while front.request("GET", "/v1/plugs", "")?.matches(r#""phase":"forwarding""#).count() < FRONT_ENDS {
+        ensure!(begun.elapsed() < START_TIMEOUT, "front-end ports find no back end");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok((front.rss_mib()? - before) * 1024.0 / FRONT_ENDS as f64)
 }
