@@ -610,5 +610,6 @@ unsafe fn writev(fd: BorrowedFd<'_>, pieces: &[libc::iovec]) -> io::Result<usize
     usize::try_from(written).map_err(|_| io::Error::last_os_error())
 }
 
-#[cfg(all(test, not(miri), not(loom)))]
+#[cfg(test)]
+#[cfg(not(any(miri, loom)))]
 mod tests;
