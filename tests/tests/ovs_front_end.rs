@@ -46,7 +46,10 @@ impl Guests {
         let features = MERGEABLE | offloads;
         let config = PeerConfig { features, ring_size: 1024, tx_len: 66_000, ..PeerConfig::default() };
         let connect = |plug: &str| -> Result<Peer> {
-            let mut peer = Peer::connect(daemon.socket(plug), config)?;
+            // A daemon that has come back answers before it has all its sockets again.
+            let path = daemon.socket(plug);
+            let mut peer =
+                wait_for_some("the port's socket", TIMEOUT, || Ok(Peer::connect(&path, config).ok()))?;
             peer.offer_all();
             Ok(peer)
         };
