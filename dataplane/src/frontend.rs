@@ -7,12 +7,13 @@
 //! # Memory
 //!
 //! Each session has memory of its own, made when a back end is there and given back when it goes. What nobody has touched
-//! takes none: a new queue pair is all but its two rings without pages. The back end uses RX buffers one after the other, so
-//! traffic soon takes all of them, 2.3 MiB a queue pair; of as many TX buffers it takes those that were once on their way
-//! together. FOOTPRINT
+//! takes none, so a port that is connected and idle costs 55 KiB with its thread. The back end uses RX buffers one after the
+//! other: traffic soon takes all of them, 2.3 MiB a queue pair. Of the TX buffers, as many again, it takes those that were
+//! once on their way together. Two ports between which TCP had passed at 7 Gbit/s had 7.1 MiB.
 //!
-//! Pages are ordinary ones. Huge pages were measured and gave nothing (HUGE), and an idle port would take 4 MiB from a
-//! pool that guests were meant to have.
+//! Pages are ordinary ones. Huge pages were measured, and gave nothing: 6.5 to 7.4 Gbit/s of TCP through OVS-DPDK with
+//! them, 7.0 to 7.5 without; 143 cycles for a frame of 64 bytes from testpmd either way. An idle port would take 4 MiB
+//! from a pool that guests were meant to have.
 
 use std::io;
 use std::os::fd::OwnedFd;
