@@ -367,9 +367,9 @@ impl Plugs {
         let plugs = self.clone();
         tokio::spawn(async move {
             while changes.changed().await.is_ok() {
-                for id in plugs.amiss() {
-                    plugs.repair(&id).await;
-                }
+                let plugs = &plugs;
+                let repair = |id| async move { plugs.repair(&id).await };
+                futures::future::join_all(plugs.amiss().into_iter().map(repair)).await;
             }
         });
     }
