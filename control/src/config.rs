@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer};
 
 use crate::cli::{self, CpuList, PollMode, ServeArgs};
+use crate::spec::DatapathType;
 
 /// Read if no other is named.
 const FILE_DEFAULT: &str = "/etc/vhostd/vhostd.toml";
@@ -102,12 +103,14 @@ pub struct SocketsConfig {
 }
 
 /// `[ovs]`
-#[derive(Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct OvsConfig {
     /// Its database, `unix:PATH` or `tcp:HOST:PORT`. Only plugs into Open vSwitch need it.
     #[serde(deserialize_with = "address")]
     pub database: ovsdb::Address,
+    /// What bridges are made as that a plug does not say it of; left out: in the kernel if that can.
+    pub datapath_type: Option<DatapathType>,
 }
 
 /// `[log]`
@@ -163,7 +166,7 @@ impl Default for SocketsConfig {
 
 impl Default for OvsConfig {
     fn default() -> Self {
-        Self { database: ovsdb::Address::Unix("/run/openvswitch/db.sock".into()) }
+        Self { database: ovsdb::Address::Unix("/run/openvswitch/db.sock".into()), datapath_type: None }
     }
 }
 

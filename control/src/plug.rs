@@ -31,6 +31,7 @@ use tokio::time::Instant;
 use self::steps::Steps;
 pub use self::steps::{SocketRules, StepError};
 use self::table::{Admission, Fault, Table};
+use crate::config::OvsConfig;
 use crate::events::{EventKind, Events};
 use crate::names::Name;
 use crate::spec::{PlugSpec, SpecError};
@@ -159,7 +160,7 @@ impl Plugs {
     pub fn new(
         dataplane: Arc<Dataplane>,
         host: HostNet,
-        ovs: ovsdb::Address,
+        ovs: OvsConfig,
         rules: SocketRules,
         (store, records): (Store, Vec<(Name, Record)>),
         events: Arc<Events>,

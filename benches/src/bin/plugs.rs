@@ -30,7 +30,8 @@ impl Host {
     fn start() -> Result<Self> {
         let netns = Arc::new(Netns::new()?);
         let ovs = Ovs::start(&netns, Dpdk::Off)?;
-        let configuration = format!("[ovs]\ndatabase = \"unix:{}\"\n", ovs.socket().display());
+        let configuration =
+            format!("[ovs]\ndatabase = \"unix:{}\"\ndatapath_type = \"netdev\"\n", ovs.socket().display());
         Ok(Self { daemon: Daemon::start_on(netns, &configuration)?, _ovs: ovs })
     }
 

@@ -12,14 +12,15 @@ use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 use hostnet::{HostNet, Kind, LinkState};
-use ovsdb::{Address, Client, DatapathType, Device, Monitor, PortSpec, Switch, View};
+use ovsdb::{Address, Client, Device, Monitor, PortSpec, Switch, View};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
 use super::StepError;
+use crate::config::OvsConfig;
 use crate::names::Name;
-use crate::spec::{Ovs, PlugSpec};
+use crate::spec::{DatapathType, Ovs, PlugSpec};
 use crate::status::{Condition, Phase, Whose};
 
 /// First and longest pause before the database is followed again.
@@ -34,6 +35,8 @@ const KERNEL_MODULE: &str = "/sys/module/openvswitch";
 /// Open vSwitch on this host.
 pub(super) struct OpenVSwitch {
     switch: Switch,
+    /// What bridges are made as.
+    datapath_type: Option<DatapathType>,
     seen: Mutex<Seen>,
     /// Counts what was seen.
     changes: watch::Sender<u64>,
@@ -49,10 +52,11 @@ struct Seen {
 }
 
 impl OpenVSwitch {
-    pub(super) fn new(address: Address) -> Self {
+    pub(super) fn new(config: OvsConfig) -> Self {
         let unknown = "its database has not been read yet".to_owned();
         Self {
-            switch: Switch::new(Client::new(address)),
+            switch: Switch::new(Client::new(config.database)),
+            datapath_type: config.datapath_type,
             seen: Mutex::new(Seen { view: Err(unknown), switch_is_down: false }),
             changes: watch::Sender::default(),
             followed: OnceLock::new(),
@@ -77,7 +81,7 @@ impl OpenVSwitch {
         let bridge = PortSpec {
             bridge: ovs.bridge.to_string(),
             datapath_type: ovs.datapath_type.map(Into::into),
-            datapath_default: datapath_of_kernel(),
+            datapath_default: self.datapath_type.map_or_else(datapath_of_kernel, Into::into),
             ..PortSpec::default()
         };
         if !ovs.makes_port() {
@@ -258,8 +262,8 @@ async fn refuse_other_link(host: &HostNet, bridge: &str) -> Result<(), StepError
 
 /// ovs-vswitchd itself lists a datapath in the kernel whether or not the kernel has one, and has its module loaded when it
 /// starts.
-fn datapath_of_kernel() -> DatapathType {
-    if Path::new(KERNEL_MODULE).exists() { DatapathType::System } else { DatapathType::Netdev }
+fn datapath_of_kernel() -> ovsdb::DatapathType {
+    if Path::new(KERNEL_MODULE).exists() { DatapathType::System.into() } else { DatapathType::Netdev.into() }
 }
 
 /// What Neutron and OVN know the port by, in the keys of Open vSwitch's integration guide.

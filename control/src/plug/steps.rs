@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use vhost_user::{Access, Endpoint};
 
 use super::ovs::OpenVSwitch;
+use crate::config::OvsConfig;
 use crate::names::Name;
 use crate::spec::{Macvtap, PlugSpec, Role, Socket, To};
 use crate::status::{Status, Whose};
@@ -144,12 +145,7 @@ pub(super) struct Steps {
 }
 
 impl Steps {
-    pub(super) fn new(
-        dataplane: Arc<Dataplane>,
-        host: HostNet,
-        ovs: ovsdb::Address,
-        rules: SocketRules,
-    ) -> Self {
+    pub(super) fn new(dataplane: Arc<Dataplane>, host: HostNet, ovs: OvsConfig, rules: SocketRules) -> Self {
         Self { dataplane, host, ovs: OpenVSwitch::new(ovs), rules, bridges: tokio::sync::Mutex::default() }
     }
 

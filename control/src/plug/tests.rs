@@ -30,9 +30,8 @@ fn plugs(dir: &std::path::Path) -> Arc<Plugs> {
     };
     let dataplane = Arc::new(Dataplane::start(config).unwrap());
     let store = Store::open(dir).unwrap();
-    let ovs = "unix:/nowhere/db.sock".parse().unwrap();
     let host = HostNet::open().unwrap();
-    Arc::new(Plugs::new(dataplane, host, ovs, SocketRules::default(), store, Arc::default()))
+    Arc::new(Plugs::new(dataplane, host, OvsConfig::default(), SocketRules::default(), store, Arc::default()))
 }
 
 fn kinds(events: &Events) -> Vec<EventKind> {

@@ -18,8 +18,7 @@ pub struct Ovs {
     /// The TAP; named after the plug if left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tap: Option<IfName>,
-    /// What the bridge has to be; left out: whatever it is, and one that is made is in the kernel if that has Open vSwitch's
-    /// module.
+    /// What the bridge has to be; left out: whatever it is, and one that is made is as the daemon's configuration says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub datapath_type: Option<DatapathType>,
     /// `external_ids:iface-id` of the interface: the logical port in OVN and Neutron.
