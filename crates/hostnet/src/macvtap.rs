@@ -178,8 +178,9 @@ impl HostNet {
         self.set_up(device).await?;
         self.set_up(link).await?;
         let (name, ifindex, count) = (spec.name.clone(), link.ifindex, spec.queues);
+        let address = spec.address.map_or_else(|| link.address.clone(), |own| own.to_vec());
         let open = move || -> Result<Vec<TapQueue>, TapError> {
-            (0..count).map(|_| TapQueue::open_macvtap(&name, ifindex)).collect()
+            (0..count).map(|_| TapQueue::open_macvtap(&name, ifindex, &address)).collect()
         };
         // The driver waits for the kernel's network lock.
         let opened = tokio::task::spawn_blocking(open).await.expect("opening a macvtap does not panic");

@@ -144,15 +144,17 @@ impl TapQueue {
     }
 
     /// Opens one more queue of the macvtap `name`, whose number is `ifindex`. The kernel spreads flows over all of them.
+    /// Devices of all network namespaces are in one directory by that number, so the name and the address tell whether it is
+    /// the right one.
     ///
     /// # Errors
     /// [`TapError::Name`], [`TapError::Node`], [`TapError::OtherNode`], [`TapError::Attach`].
-    pub fn open_macvtap(name: &str, ifindex: u32) -> Result<Self, TapError> {
+    pub fn open_macvtap(name: &str, ifindex: u32, address: &[u8]) -> Result<Self, TapError> {
         check_name(name)?;
-        Self::open_node(name, Path::new(&format!("/dev/tap{ifindex}")))
+        Self::open_node(name, address, Path::new(&format!("/dev/tap{ifindex}")))
     }
 
-    fn open_node(name: &str, node: &Path) -> Result<Self, TapError> {
+    fn open_node(name: &str, address: &[u8], node: &Path) -> Result<Self, TapError> {
         let failed = |source| TapError::Node { name: name.to_owned(), node: node.to_owned(), source };
         let other = || TapError::OtherNode { name: name.to_owned(), node: node.to_owned() };
         // Nothing is opened that might hang or do something when it is.
@@ -161,7 +163,9 @@ impl TapQueue {
         }
         let options = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).to_owned();
         let queue = Self(options.open(node).map_err(failed)?.into());
-        if queue.name().ok().as_deref() != Some(name) {
+        let is_it = queue.name().ok().as_deref() == Some(name)
+            && queue.address().is_ok_and(|bytes| bytes == *address);
+        if !is_it {
             return Err(other());
         }
         queue.with_header(name, libc::IFF_MULTI_QUEUE)
@@ -235,6 +239,19 @@ impl TapQueue {
         let bytes = request.ifr_name.map(libc::c_char::cast_unsigned);
         let name = CStr::from_bytes_until_nul(&bytes).expect("the kernel terminates names");
         Ok(name.to_string_lossy().into_owned())
+    }
+
+    /// The interface's Ethernet address.
+    ///
+    /// # Errors
+    /// As [`name`](Self::name).
+    pub fn address(&self) -> Result<[u8; 6], TapError> {
+        let mut request = ifreq("", 0);
+        // SAFETY: SIOCGIFHWADDR writes an ifreq.
+        unsafe { self.ioctl("SIOCGIFHWADDR", libc::SIOCGIFHWADDR as libc::Ioctl, &raw mut request) }?;
+        // SAFETY: the kernel filled in a hardware address, and any bytes are one.
+        let bytes = unsafe { request.ifr_ifru.ifru_hwaddr }.sa_data.map(libc::c_char::cast_unsigned);
+        Ok([bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5]])
     }
 
     /// The device's `IFF_…` flags of the tun driver, such as `libc::IFF_MULTI_QUEUE` and `libc::IFF_PERSIST`.

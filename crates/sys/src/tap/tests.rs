@@ -212,12 +212,12 @@ fn lack_of_privilege_is_told() {
 
 #[test]
 fn the_device_of_a_macvtap_is_looked_at_before_it_is_used() {
-    let node = |path: &str| TapQueue::open_node("m0", Path::new(path)).unwrap_err();
+    let node = |path: &str| TapQueue::open_node("m0", &[2; 6], Path::new(path)).unwrap_err();
     assert!(matches!(node("/dev/tap-no-such"), TapError::Node { .. }));
     for other in ["/dev/null", "/etc/passwd", "/dev"] {
         let error = node(other);
         assert!(matches!(error, TapError::OtherNode { .. }), "{error}");
         assert!(error.to_string().starts_with(&format!("{other} is not the device of macvtap m0")));
     }
-    assert!(matches!(TapQueue::open_macvtap("a/b", 1), Err(TapError::Name { .. })));
+    assert!(matches!(TapQueue::open_macvtap("a/b", 1, &[2; 6]), Err(TapError::Name { .. })));
 }
