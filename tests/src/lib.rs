@@ -7,6 +7,7 @@
 pub mod canary;
 pub mod daemon;
 pub mod deadline;
+pub mod exchange;
 pub mod flipper;
 pub mod hand;
 pub mod inproc;

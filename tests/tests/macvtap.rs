@@ -5,31 +5,25 @@
 //! ```
 #![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use e2e::daemon::Daemon;
 use e2e::deadline::wait_for_some;
-use e2e::oracle::{Flow, Oracle};
+use e2e::exchange::{self, GUESTS, PLAIN};
 use e2e::peer::{Peer, PeerConfig};
-use vring::HEADER_LEN;
 
 const SOON: Duration = Duration::from_secs(30);
-/// For a frame that was not lost.
-const AGAIN: Duration = Duration::from_millis(200);
-const PLAIN: [u8; HEADER_LEN] = [0; HEADER_LEN];
-const GUESTS: [(&str, &str, [u8; 6]); 2] =
-    [("vm1", "eth1", [2, 0, 0, 0, 0, 0xa]), ("vm2", "eth2", [2, 0, 0, 0, 0, 0xb])];
+const PLUGS: [(&str, &str); 2] = [("vm1", "eth1"), ("vm2", "eth2")];
 
 /// Two plugs, each on its end of the cable. Macvtaps' devices are named by interface numbers in one directory for all
-/// namespaces of the machine, so that these are out of the way.
-fn start() -> Result<Daemon> {
+/// namespaces of the machine, so that tests that run side by side need numbers of their own: those behind `others`.
+fn start(others: u32) -> Result<Daemon> {
     let daemon = Daemon::start()?;
-    daemon.host().run(
-        "for n in $(seq 30); do ip link add f$n type bridge; done; \
-         ip link add eth1 type veth peer name eth2",
-    )?;
-    for (name, device, address) in GUESTS {
+    daemon.host().run(&format!(
+        "for n in $(seq {others}); do ip link add f$n type bridge; done; ip link add eth1 type veth peer name eth2"
+    ))?;
+    for ((name, device), address) in PLUGS.into_iter().zip(GUESTS) {
         let (socket, to) = (daemon.socket(name).display().to_string(), format!("macvtap:{device}"));
         let mac = address.map(|byte| format!("{byte:02x}")).join(":");
         daemon.run(&["plug", name, "--listen", &socket, "--to", &to, "--mac", &mac])?;
@@ -44,45 +38,21 @@ fn guest(daemon: &Daemon, name: &str) -> Result<Peer> {
     Ok(guest)
 }
 
-/// A cable that was just plugged in carries nothing yet: sent again until it comes.
-fn pass(from: &mut Peer, to: &mut Peer, frame: &[u8]) -> Result<()> {
-    let deadline = Instant::now() + SOON;
-    while Instant::now() < deadline {
-        ensure!(from.send_now(0, &PLAIN, frame), "buffers come back");
-        let again = Instant::now() + AGAIN;
-        while Instant::now() < again {
-            if to.receive(0).is_some_and(|(_, got)| got == frame) {
-                return Ok(());
-            }
-            std::thread::yield_now();
-        }
-    }
-    bail!("a frame of {} bytes has not come", frame.len())
-}
-
-/// Each guest gets what the other sends, whole.
+/// What the two send to each other arrives.
 fn exchange(daemon: &Daemon) -> Result<()> {
-    let (mut a, mut b) = (guest(daemon, "vm1")?, guest(daemon, "vm2")?);
-    let oracle = Oracle::new(std::process::id());
-    let [(.., src), (.., dst)] = GUESTS;
-    let (there, back) = (Flow { id: 0, src, dst }, Flow { id: 1, src: dst, dst: src });
-    for (sequence, len) in (0..).zip([60, 64, 590, 1514, 60]) {
-        pass(&mut a, &mut b, &oracle.frame(&there, sequence, len))?;
-        pass(&mut b, &mut a, &oracle.frame(&back, sequence, len))?;
-    }
-    Ok(())
+    exchange::exchange(&mut guest(daemon, "vm1")?, &mut guest(daemon, "vm2")?)
 }
 
 #[test]
 fn frames_leave_through_the_device_also_after_a_kill() -> Result<()> {
-    let mut daemon = start()?;
+    let mut daemon = start(20)?;
     exchange(&daemon)?;
     let links = daemon.host().run("ip -oneline link show type macvtap | cut -d: -f1,2")?;
     assert_eq!(links.lines().count(), 2);
     daemon.kill_and_restart()?;
     exchange(&daemon)?;
     assert_eq!(daemon.host().run("ip -oneline link show type macvtap | cut -d: -f1,2")?, links, "the same");
-    for (name, ..) in GUESTS {
+    for (name, _) in PLUGS {
         daemon.run(&["unplug", name])?;
     }
     assert_eq!(daemon.host().run("ip -oneline link show type macvtap")?, "");
@@ -91,7 +61,7 @@ fn frames_leave_through_the_device_also_after_a_kill() -> Result<()> {
 
 #[test]
 fn a_device_that_goes_is_said_and_its_neighbour_stays() -> Result<()> {
-    let daemon = start()?;
+    let daemon = start(40)?;
     exchange(&daemon)?;
     daemon.host().run("ip link add eth3 type veth peer name eth4")?;
     let (socket, to) = (daemon.socket("vm3").display().to_string(), "macvtap:eth3");

@@ -7,24 +7,18 @@ use std::process::Output;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use e2e::daemon::Daemon;
 use e2e::deadline::wait_for_some;
+use e2e::exchange::exchange;
 use e2e::netns::Netns;
-use e2e::oracle::{Flow, Oracle};
 use e2e::ovs::{Dpdk, Ovs};
 use e2e::peer::{Peer, PeerConfig};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use vring::HEADER_LEN;
 
 /// For anything that must happen.
 const SOON: Duration = Duration::from_secs(30);
-/// For a frame that was not lost.
-const AGAIN: Duration = Duration::from_millis(200);
-const PLAIN: [u8; HEADER_LEN] = [0; HEADER_LEN];
-const A: [u8; 6] = [2, 0, 0, 0, 0, 0xa];
-const B: [u8; 6] = [2, 0, 0, 0, 0, 0xb];
 const MAC: &str = "52:54:00:00:00:01";
 
 /// Exit codes of the command line.
@@ -130,33 +124,6 @@ fn said(output: &Output, code: i32) -> Result<String> {
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(output.status.code() == Some(code), "{:?}, not {code}: {errors}", output.status);
     Ok(errors)
-}
-
-/// Each guest gets what the other sends, whole.
-fn exchange(a: &mut Peer, b: &mut Peer) -> Result<()> {
-    let oracle = Oracle::new(std::process::id());
-    let flows = [Flow { id: 0, src: A, dst: B }, Flow { id: 1, src: B, dst: A }];
-    for (sequence, len) in (0..).zip([60, 64, 590, 1514, 60]) {
-        pass(a, b, &oracle.frame(&flows[0], sequence, len))?;
-        pass(b, a, &oracle.frame(&flows[1], sequence, len))?;
-    }
-    Ok(())
-}
-
-/// Open vSwitch loses frames while it takes up or lets go of ports: sent again until it comes.
-fn pass(from: &mut Peer, to: &mut Peer, frame: &[u8]) -> Result<()> {
-    let deadline = Instant::now() + SOON;
-    while Instant::now() < deadline {
-        ensure!(from.send_now(0, &PLAIN, frame), "buffers come back");
-        let again = Instant::now() + AGAIN;
-        while Instant::now() < again {
-            if to.receive(0).is_some_and(|(_, got)| got == frame) {
-                return Ok(());
-            }
-            std::thread::yield_now();
-        }
-    }
-    bail!("a frame of {} bytes has not come", frame.len())
 }
 
 #[test]
