@@ -32,7 +32,10 @@ fn start(others: u32) -> Result<Daemon> {
 }
 
 fn guest(daemon: &Daemon, name: &str) -> Result<Peer> {
-    let mut guest = Peer::connect(daemon.socket(name), PeerConfig::default())?;
+    // A daemon that has come back answers before it has all its sockets again.
+    let path = daemon.socket(name);
+    let mut guest =
+        wait_for_some("the port's socket", SOON, || Ok(Peer::connect(&path, PeerConfig::default()).ok()))?;
     guest.offer_all();
     daemon.wait_for_forwarding(&[name])?;
     Ok(guest)
