@@ -239,8 +239,12 @@ impl Steps {
     /// The TAP, and its place in a Linux bridge. Nothing to forward for if the TAP is the guest's.
     async fn ensure_host_side(&self, id: &Name, spec: &PlugSpec, to: &To) -> Result<Option<Link>, StepError> {
         if let To::Macvtap(macvtap) = to {
-            let queues = self.host.ensure_macvtap(&macvtap_spec(id, spec, macvtap)).await?.queues;
-            return Ok((!macvtap.guest).then_some(Link::Tap { queues }));
+            let wanted = macvtap_spec(id, spec, macvtap);
+            if macvtap.guest {
+                self.host.ensure_idle_macvtap(&wanted).await?;
+                return Ok(None);
+            }
+            return Ok(Some(Link::Tap { queues: self.host.ensure_macvtap(&wanted).await?.queues }));
         }
         let tap = tap_spec(id, spec, to);
         if let Some(guest) = spec.kernel_guest() {

@@ -76,25 +76,24 @@ impl HostNet {
     /// [`Error::OtherDevice`], [`Error::DeviceTaken`], [`Error::DeviceMtu`], [`Error::Changed`]; names and numbers out of
     /// range; what the kernel refuses. Nothing is left of a macvtap that was made in vain.
     pub async fn ensure_macvtap(&self, spec: &MacvtapSpec) -> Result<Tap, Error> {
-        check_owner(&spec.name, &spec.owner)?;
         if !(1..=QUEUES_MAX).contains(&spec.queues) {
             return Err(Error::Queues { name: spec.name.clone(), queues: spec.queues });
         }
-        let device = self.link(&spec.device).await?;
-        let device = device.ok_or_else(|| Error::Missing { name: spec.device.clone() })?;
-        if let Some(mtu) = spec.mtu.filter(|mtu| *mtu > device.mtu) {
-            let (name, device, most) = (spec.name.clone(), device.name, device.mtu);
-            return Err(Error::DeviceMtu { name, mtu, device, most });
-        }
-        let (link, created) = match self.link(&spec.name).await? {
-            Some(link) => (self.found_macvtap(spec, link, &device).await?, false),
-            None => (self.create_macvtap(spec, &device).await?, true),
-        };
-        let opened = self.open_macvtap(spec, &link, &device).await;
+        let (link, created) = self.place_macvtap(spec).await?;
+        let opened = open_queues(spec, &link).await;
         if opened.is_err() && created {
             self.delete(&spec.name, link.ifindex).await?;
         }
         Ok(Tap { queues: opened?, ifindex: link.ifindex, created, ours: true })
+    }
+
+    /// The same for a macvtap that somebody else opens, a guest's VMM: no queue of it is opened, since the kernel gives
+    /// each that is open its share of the frames. Gives its number.
+    ///
+    /// # Errors
+    /// As [`ensure_macvtap`](Self::ensure_macvtap), but for those about queues.
+    pub async fn ensure_idle_macvtap(&self, spec: &MacvtapSpec) -> Result<u32, Error> {
+        Ok(self.place_macvtap(spec).await?.0.ifindex)
     }
 
     /// Removes the macvtap if it was made for the plug `owner`. False if there is none, or if it was not.
@@ -165,27 +164,50 @@ impl HostNet {
         Ok(link)
     }
 
-    async fn open_macvtap(
+    /// The macvtap, made or found, as it should be and up; and whether it was made.
+    async fn place_macvtap(&self, spec: &MacvtapSpec) -> Result<(LinkState, bool), Error> {
+        check_owner(&spec.name, &spec.owner)?;
+        let device = self.link(&spec.device).await?;
+        let device = device.ok_or_else(|| Error::Missing { name: spec.device.clone() })?;
+        if let Some(mtu) = spec.mtu.filter(|mtu| *mtu > device.mtu) {
+            let (name, device, most) = (spec.name.clone(), device.name, device.mtu);
+            return Err(Error::DeviceMtu { name, mtu, device, most });
+        }
+        let (link, created) = match self.link(&spec.name).await? {
+            Some(link) => (self.found_macvtap(spec, link, &device).await?, false),
+            None => (self.create_macvtap(spec, &device).await?, true),
+        };
+        let ready = self.set_up_macvtap(spec, &link, &device).await;
+        if ready.is_err() && created {
+            self.delete(&spec.name, link.ifindex).await?;
+        }
+        ready.map(|()| (link, created))
+    }
+
+    async fn set_up_macvtap(
         &self,
         spec: &MacvtapSpec,
         link: &LinkState,
         device: &LinkState,
-    ) -> Result<Vec<TapQueue>, Error> {
+    ) -> Result<(), Error> {
         if let Some(mtu) = spec.mtu.filter(|mtu| *mtu != link.mtu) {
             self.change("set the MTU of", link, |message: Message| message.mtu(mtu)).await?;
         }
         disable_ipv6(&spec.name).await?;
         self.set_up(device).await?;
-        self.set_up(link).await?;
-        let (name, ifindex, count) = (spec.name.clone(), link.ifindex, spec.queues);
-        let address = spec.address.map_or_else(|| link.address.clone(), |own| own.to_vec());
-        let open = move || -> Result<Vec<TapQueue>, TapError> {
-            (0..count).map(|_| TapQueue::open_macvtap(&name, ifindex, &address)).collect()
-        };
-        // The driver waits for the kernel's network lock.
-        let opened = tokio::task::spawn_blocking(open).await.expect("opening a macvtap does not panic");
-        Ok(opened?)
+        self.set_up(link).await
     }
+}
+
+async fn open_queues(spec: &MacvtapSpec, link: &LinkState) -> Result<Vec<TapQueue>, Error> {
+    let (name, ifindex, count) = (spec.name.clone(), link.ifindex, spec.queues);
+    let address = spec.address.map_or_else(|| link.address.clone(), |own| own.to_vec());
+    let open = move || -> Result<Vec<TapQueue>, TapError> {
+        (0..count).map(|_| TapQueue::open_macvtap(&name, ifindex, &address)).collect()
+    };
+    // The driver waits for the kernel's network lock.
+    let opened = tokio::task::spawn_blocking(open).await.expect("opening a macvtap does not panic");
+    Ok(opened?)
 }
 
 /// What the kernel says a macvtap's mode is; `None` for one that we do not make.

@@ -78,6 +78,25 @@ fn made_with_everything_and_removed() {
 }
 
 #[test]
+fn an_idle_one_takes_no_frame_from_who_has_it_open() {
+    run("macvtap::an_idle_one_takes_no_frame_from_who_has_it_open", async |net| {
+        device(&net, 100).await;
+        let asked = spec("m0", MacvtapMode::Bridge);
+        let ifindex = net.ensure_idle_macvtap(&asked).await.unwrap();
+        let held = net.ensure_macvtap(&asked).await.unwrap();
+        assert_eq!((held.ifindex, held.created), (ifindex, false));
+        let other = [0x52, 0x54, 0, 0, 0, 9];
+        let peer = MacvtapSpec { address: Some(other), ..spec("m1", MacvtapMode::Bridge) };
+        let peer = net.ensure_macvtap(&peer).await.unwrap();
+        for n in 0..20 {
+            assert_eq!(net.ensure_idle_macvtap(&asked).await.unwrap(), ifindex);
+            let sent = frame(OWN, other, &[n]);
+            assert!(pass(&peer, &held, &sent).is_some_and(|got| got[12..] == sent[12..]), "{n}");
+        }
+    });
+}
+
+#[test]
 fn modes_say_who_is_reached() {
     run("macvtap::modes_say_who_is_reached", async |net| {
         device(&net, 40).await;
