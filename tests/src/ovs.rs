@@ -13,6 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 
+use crate::daemon::Daemon;
 use crate::deadline::wait_for_some;
 use crate::netns::Netns;
 use crate::process::Process;
@@ -45,6 +46,15 @@ pub struct Ovs {
     host: Arc<Netns>,
     /// Holds the database and every socket.
     dir: TempDir,
+}
+
+/// A host with the switch, its bridges in user space, and the daemon.
+pub fn host() -> Result<(Daemon, Ovs)> {
+    let netns = Arc::new(Netns::new()?);
+    let ovs = Ovs::start(&netns, Dpdk::Off)?;
+    let configuration =
+        format!("[ovs]\ndatabase = \"unix:{}\"\ndatapath_type = \"netdev\"\n", ovs.socket().display());
+    Ok((Daemon::start_on(netns, &configuration)?, ovs))
 }
 
 impl Ovs {

@@ -4,15 +4,13 @@
 
 use std::fs;
 use std::process::Output;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use e2e::daemon::Daemon;
 use e2e::deadline::wait_for_some;
 use e2e::exchange::exchange;
-use e2e::netns::Netns;
-use e2e::ovs::{Dpdk, Ovs};
+use e2e::ovs::Ovs;
 use e2e::peer::{Peer, PeerConfig};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -33,11 +31,8 @@ struct Host {
 
 impl Host {
     fn start() -> Result<Self> {
-        let netns = Arc::new(Netns::new()?);
-        let ovs = Ovs::start(&netns, Dpdk::Off)?;
-        let configuration =
-            format!("[ovs]\ndatabase = \"unix:{}\"\ndatapath_type = \"netdev\"\n", ovs.socket().display());
-        Ok(Self { daemon: Daemon::start_on(netns, &configuration)?, ovs })
+        let (daemon, ovs) = e2e::ovs::host()?;
+        Ok(Self { daemon, ovs })
     }
 
     /// All links, and all rows with what decides how frames go.

@@ -4,14 +4,12 @@
 //! `cargo build --release -p vhostd -p benches && target/release/plugs`
 #![forbid(unsafe_code)]
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use e2e::daemon::Daemon;
-use e2e::netns::Netns;
-use e2e::ovs::{Dpdk, Ovs};
+use e2e::ovs::Ovs;
 
 /// Plugs one after the other.
 const SAMPLES: usize = 100;
@@ -28,11 +26,8 @@ struct Host {
 
 impl Host {
     fn start() -> Result<Self> {
-        let netns = Arc::new(Netns::new()?);
-        let ovs = Ovs::start(&netns, Dpdk::Off)?;
-        let configuration =
-            format!("[ovs]\ndatabase = \"unix:{}\"\ndatapath_type = \"netdev\"\n", ovs.socket().display());
-        Ok(Self { daemon: Daemon::start_on(netns, &configuration)?, _ovs: ovs })
+        let (daemon, ovs) = e2e::ovs::host()?;
+        Ok(Self { daemon, _ovs: ovs })
     }
 
     fn plug(&self, name: &str, to: &str) -> Result<Duration> {
