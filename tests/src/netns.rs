@@ -12,6 +12,23 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
+/// Set in a test's process of its own.
+const INSIDE: &str = "E2E_INSIDE";
+
+/// True in a namespace made for the test of this name. Outside, runs it there, in a process of its own, and gives false.
+pub fn inside(test: &str) -> Result<bool> {
+    if env::var_os(INSIDE).is_some() {
+        return Ok(true);
+    }
+    let netns = Netns::new()?;
+    let mut child = netns.command(env::current_exe()?);
+    let output = child.args(["--exact", test, "--nocapture"]).env(INSIDE, "1").output()?;
+    ensure!(output.status.success(), "inside:\n{}", String::from_utf8_lossy(&output.stderr));
+    let ran = String::from_utf8_lossy(&output.stdout).contains("1 passed");
+    ensure!(ran, "no test is named {test}");
+    Ok(false)
+}
+
 /// A network namespace with its loopback up. Another thread may use it while it lives.
 #[derive(Debug)]
 pub struct Netns {

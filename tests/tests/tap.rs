@@ -1,7 +1,6 @@
 //! A TAP that rests: it is watched only while nobody polls it, and no frame falls between.
 #![allow(clippy::unwrap_used)]
 
-use std::env;
 use std::net::UdpSocket;
 use std::process::Command;
 use std::time::Duration;
@@ -9,12 +8,10 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use dataplane::{Link, PortSpec};
 use e2e::inproc::{Plane, PortPlan};
-use e2e::netns::Netns;
+use e2e::netns::inside;
 use e2e::peer::{MERGEABLE, PeerConfig};
 use sys::tap::TapQueue;
 
-/// The test runs in a process of its own, in a namespace.
-const INSIDE: &str = "E2E_TAP_INSIDE";
 const ROUNDS: u64 = 60;
 const SETUP: &str = "ip link set tap0 up
     ip addr add 10.0.0.1/24 dev tap0
@@ -22,12 +19,7 @@ const SETUP: &str = "ip link set tap0 up
 
 #[test]
 fn frames_wake_a_tap_that_rests() -> Result<()> {
-    if env::var_os(INSIDE).is_none() {
-        let netns = Netns::new()?;
-        let mut inside = netns.command(env::current_exe()?);
-        inside.args(["--exact", "frames_wake_a_tap_that_rests", "--nocapture"]).env(INSIDE, "1");
-        let output = inside.output()?;
-        ensure!(output.status.success(), "inside:\n{}", String::from_utf8_lossy(&output.stderr));
+    if !inside("frames_wake_a_tap_that_rests")? {
         return Ok(());
     }
     let plane = Plane::start()?;

@@ -3,7 +3,6 @@
 //! is cut for one that does not.
 #![allow(clippy::unwrap_used)]
 
-use std::env;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::process::Command;
 use std::time::Duration;
@@ -11,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use dataplane::{Link, PortSpec};
 use e2e::inproc::{Plane, PortPlan};
-use e2e::netns::Netns;
+use e2e::netns::inside;
 use e2e::peer::{MERGEABLE, PATIENCE, Peer, PeerConfig};
 use nix::sys::socket::{setsockopt, sockopt};
 use sys::tap::{TUN_F_CSUM, TUN_F_USO4, TUN_F_USO6, TapQueue};
@@ -27,19 +26,12 @@ const GUEST: [u8; 6] = [2, 0, 0, 0, 0, 2];
 const WHOLE: usize = 5000;
 const PIECE: u16 = 1300;
 const GUEST_PORT: u16 = 9;
-/// The test runs in a process of its own, in a namespace.
-const INSIDE: &str = "E2E_USO_INSIDE";
 
 const TAKES: [u64; 3] = [0, 1 << GUEST_CSUM, 1 << GUEST_CSUM | 1 << GUEST_USO4 | 1 << GUEST_USO6];
 
 #[test]
 fn datagrams_of_guest_and_host_in_one_piece() -> Result<()> {
-    if env::var_os(INSIDE).is_none() {
-        let netns = Netns::new()?;
-        let mut inside = netns.command(env::current_exe()?);
-        inside.args(["--exact", "datagrams_of_guest_and_host_in_one_piece", "--nocapture"]).env(INSIDE, "1");
-        let output = inside.output()?;
-        ensure!(output.status.success(), "inside:\n{}", String::from_utf8_lossy(&output.stderr));
+    if !inside("datagrams_of_guest_and_host_in_one_piece")? {
         return Ok(());
     }
     let plane = Plane::start()?;
