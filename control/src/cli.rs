@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::names::{ExternalId, Mac, Name, SocketPath};
 use crate::problem::Problem;
-use crate::spec::{MTU_RANGE, Macvtap, Ovs, PlugSpec, QUEUES_RANGE, Role, Socket, To};
+use crate::spec::{Bridge, MTU_RANGE, Macvtap, Ovs, PlugSpec, QUEUES_RANGE, Role, Socket, Tap, To};
 use crate::status::Phase;
 
 /// Where the daemon is reached unless said otherwise.
@@ -280,8 +280,8 @@ impl FromStr for ToArg {
     fn from_str(text: &str) -> Result<Self, String> {
         let name = |name: &str| name.parse().map_err(|e| format!("{e}"));
         match text.split_once(':') {
-            Some(("tap", tap)) => Ok(Self(To::Tap { tap: name(tap)?, mac: None, guest: false })),
-            Some(("bridge", bridge)) => Ok(Self(To::Bridge { bridge: name(bridge)?, tap: None })),
+            Some(("tap", tap)) => Ok(Self(To::Tap(Tap::new(name(tap)?)))),
+            Some(("bridge", bridge)) => Ok(Self(To::Bridge(Bridge::new(name(bridge)?)))),
             Some(("ovs", bridge)) => Ok(Self(To::Ovs(Ovs::new(name(bridge)?)))),
             Some(("macvtap", device)) => Ok(Self(To::Macvtap(Macvtap::new(name(device)?)))),
             _ => Err("it must be tap:DEV, bridge:BR, ovs:BR or macvtap:DEV".into()),
@@ -375,8 +375,8 @@ mod tests {
     #[test]
     fn host_sides() {
         let to = |text: &str| text.parse::<ToArg>();
-        assert!(matches!(to("tap:tap0").unwrap().0, To::Tap { .. }));
-        assert!(matches!(to("bridge:br0").unwrap().0, To::Bridge { tap: None, .. }));
+        assert!(matches!(to("tap:tap0").unwrap().0, To::Tap(_)));
+        assert!(matches!(to("bridge:br0").unwrap().0, To::Bridge(Bridge { tap: None, .. })));
         assert!(matches!(to("macvtap:eth0").unwrap().0, To::Macvtap(_)));
         for bad in ["", "tap", "tap:", "bridge:a/b", "vlan:eth0", "tap:0123456789abcdef"] {
             assert!(to(bad).is_err(), "{bad}");

@@ -15,9 +15,12 @@
 //! all (a name, socket, TAP or uplink that is taken) is decided in one short critical section over the table of plugs,
 //! before anything is done. An admitted request runs to its end even if whoever asked goes away.
 
+mod bridge;
+mod macvtap;
 mod ovs;
 mod steps;
 mod table;
+mod tap;
 #[cfg(test)]
 mod tests;
 

@@ -12,15 +12,19 @@
 //! [`PlugSpec::completed`] fills in what was left out, so that two ways of asking for the same thing compare equal and
 //! a record says everything that unplug needs.
 
+mod bridge;
 mod macvtap;
 mod ovs;
+mod tap;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
+pub use self::bridge::Bridge;
 pub use self::macvtap::{Macvtap, MacvtapMode};
 pub use self::ovs::{DatapathType, KernelGuest, Ovs};
+pub use self::tap::Tap;
 use crate::names::{IfName, Mac, Name, SocketPath};
 
 /// The network of a plug that names none.
@@ -105,24 +109,9 @@ impl Role {
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum To {
     /// A TAP that is in no bridge.
-    Tap {
-        /// The TAP.
-        tap: IfName,
-        /// Address of the host's interface; the kernel picks one if left out.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        mac: Option<Mac>,
-        /// The TAP itself is the guest's card: its VMM opens it, and no frame of it goes through vhostd.
-        #[serde(default, skip_serializing_if = "is_false")]
-        guest: bool,
-    },
+    Tap(Tap),
     /// A TAP in a Linux bridge.
-    Bridge {
-        /// The bridge; made if it is not there.
-        bridge: IfName,
-        /// The TAP; named after the plug if left out.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        tap: Option<IfName>,
-    },
+    Bridge(Bridge),
     /// A TAP in an Open vSwitch bridge.
     Ovs(Ovs),
     /// A macvtap on one of the host's interfaces.
@@ -194,11 +183,13 @@ impl PlugSpec {
         if let Some(queues) = self.queues {
             bounded("spec.queues", queues, QUEUES_RANGE)?;
         }
-        if let Some(To::Bridge { tap, .. } | To::Ovs(Ovs { tap, .. }) | To::Macvtap(Macvtap { tap, .. })) =
-            &mut self.to
-        {
-            tap.get_or_insert_with(|| tap_name(id));
-        }
+        let tap = match &mut self.to {
+            None | Some(To::Tap(_)) => return Ok(self),
+            Some(To::Bridge(bridge)) => &mut bridge.tap,
+            Some(To::Ovs(ovs)) => &mut ovs.tap,
+            Some(To::Macvtap(macvtap)) => &mut macvtap.tap,
+        };
+        tap.get_or_insert_with(|| tap_name(id));
         Ok(self)
     }
 
@@ -227,7 +218,7 @@ impl PlugSpec {
     pub fn kernel_guest(&self) -> Option<KernelGuest> {
         match &self.to {
             Some(To::Ovs(ovs)) => ovs.guest,
-            Some(To::Tap { guest: true, .. } | To::Macvtap(Macvtap { guest: true, .. })) => {
+            Some(To::Tap(Tap { guest: true, .. }) | To::Macvtap(Macvtap { guest: true, .. })) => {
                 Some(KernelGuest { make_tap: true, make_port: false })
             }
             _ => None,
@@ -276,10 +267,10 @@ impl To {
     /// The TAP's name.
     pub fn tap(&self, id: &Name) -> IfName {
         match self {
-            Self::Tap { tap, .. } | Self::Bridge { tap: Some(tap), .. } => tap.clone(),
+            Self::Tap(tap) => tap.tap.clone(),
+            Self::Bridge(bridge) => bridge.tap(id),
             Self::Ovs(ovs) => ovs.tap(id),
             Self::Macvtap(macvtap) => macvtap.tap(id),
-            Self::Bridge { tap: None, .. } => tap_name(id),
         }
     }
 }

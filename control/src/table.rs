@@ -111,8 +111,8 @@ fn socket(spec: &PlugSpec) -> String {
 
 fn to(plug: &Plug) -> String {
     plug.spec.to.as_ref().map_or_else(String::new, |to| match to {
-        To::Tap { tap, .. } => format!("tap:{tap}"),
-        To::Bridge { bridge, .. } => format!("bridge:{bridge} ({})", to.tap(&plug.id)),
+        To::Tap(tap) => format!("tap:{}", tap.tap),
+        To::Bridge(bridge) => format!("bridge:{} ({})", bridge.bridge, to.tap(&plug.id)),
         To::Ovs(ovs) => format!("ovs:{} ({})", ovs.bridge, to.tap(&plug.id)),
         To::Macvtap(macvtap) => format!("macvtap:{} ({})", macvtap.device, to.tap(&plug.id)),
     })

@@ -4,14 +4,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use dataplane::{Dataplane, Link, PortId, PortSpec};
-use hostnet::{HostNet, MacvtapSpec, TapSpec};
+use hostnet::HostNet;
 use tokio::sync::watch;
 use vhost_user::{Access, Endpoint};
 
+use super::bridge::LinuxBridges;
 use super::ovs::OpenVSwitch;
+use super::{macvtap, tap};
 use crate::config::OvsConfig;
 use crate::names::Name;
-use crate::spec::{Macvtap, PlugSpec, Role, Socket, To};
+use crate::spec::{PlugSpec, Role, Socket, To};
 use crate::status::{Status, Whose};
 
 /// How sockets that we make look, and where sockets may be.
@@ -140,13 +142,12 @@ pub(super) struct Steps {
     host: HostNet,
     ovs: OpenVSwitch,
     rules: SocketRules,
-    /// Held from making a bridge until the TAP is in it: nobody removes an empty bridge meanwhile.
-    bridges: tokio::sync::Mutex<()>,
+    bridges: LinuxBridges,
 }
 
 impl Steps {
     pub(super) fn new(dataplane: Arc<Dataplane>, host: HostNet, ovs: OvsConfig, rules: SocketRules) -> Self {
-        Self { dataplane, host, ovs: OpenVSwitch::new(ovs), rules, bridges: tokio::sync::Mutex::default() }
+        Self { dataplane, host, ovs: OpenVSwitch::new(ovs), rules, bridges: LinuxBridges::default() }
     }
 
     /// What can be known before anything is done: that there is an Open vSwitch, if the plug needs one. Without it, taking
@@ -236,53 +237,36 @@ impl Steps {
         Ok(())
     }
 
-    /// The TAP, and its place in a Linux bridge. Nothing to forward for if the TAP is the guest's.
+    /// What the plug needs of the host, up to where a port can be opened on it. Nothing to forward for if the guest's VMM
+    /// opens it.
     async fn ensure_host_side(&self, id: &Name, spec: &PlugSpec, to: &To) -> Result<Option<Link>, StepError> {
-        if let To::Macvtap(macvtap) = to {
-            let wanted = macvtap_spec(id, spec, macvtap);
-            if macvtap.guest {
-                self.host.ensure_idle_macvtap(&wanted).await?;
-                return Ok(None);
+        match to {
+            To::Tap(_) | To::Ovs(_) => tap::ensure(&self.host, id, spec, to).await,
+            To::Bridge(bridge) => {
+                let link = tap::ensure(&self.host, id, spec, to).await?;
+                self.bridges.join(&self.host, id, bridge).await?;
+                Ok(link)
             }
-            return Ok(Some(Link::Tap { queues: self.host.ensure_macvtap(&wanted).await?.queues }));
+            To::Macvtap(macvtap) => macvtap::ensure(&self.host, id, spec, macvtap).await,
         }
-        let tap = tap_spec(id, spec, to);
-        if let Some(guest) = spec.kernel_guest() {
-            if guest.make_tap {
-                self.host.ensure_idle_tap(&tap).await?;
-            }
-            return Ok(None);
-        }
-        let queues = self.host.ensure_tap(&tap).await?.queues;
-        if let To::Bridge { bridge, .. } = to {
-            let _nobody_removes_it = self.bridges.lock().await;
-            self.host.ensure_bridge(bridge.as_str()).await?;
-            self.host.enslave(&tap.name, bridge.as_str()).await?;
-        }
-        Ok(Some(Link::Tap { queues }))
     }
 
     /// The TAP goes last out of Open vSwitch, which holds it by its number, and first out of a Linux bridge, which lets it go.
     async fn remove_host_side(&self, id: &Name, spec: &PlugSpec) -> Result<(), StepError> {
-        let Some(to) = &spec.to else { return Ok(()) };
-        if let To::Ovs(ovs) = to {
-            self.ovs.remove_port(id, ovs).await?;
-        }
-        let name = to.tap(id);
-        if matches!(to, To::Macvtap(_)) {
-            self.host.remove_macvtap(name.as_str(), id.as_str()).await?;
-        } else {
-            self.host.remove_tap(name.as_str(), id.as_str()).await?;
-        }
-        match to {
-            To::Tap { .. } | To::Macvtap(_) => {}
-            To::Bridge { bridge, .. } => {
-                let _nobody_joins_it = self.bridges.lock().await;
-                self.host.remove_bridge(bridge.as_str()).await?;
+        match &spec.to {
+            None => Ok(()),
+            Some(to @ To::Tap(_)) => tap::remove(&self.host, id, to).await,
+            Some(to @ To::Bridge(bridge)) => {
+                tap::remove(&self.host, id, to).await?;
+                self.bridges.remove(&self.host, bridge).await
             }
-            To::Ovs(ovs) => self.ovs.remove_bridge(ovs).await?,
+            Some(to @ To::Ovs(ovs)) => {
+                self.ovs.remove_port(id, ovs).await?;
+                tap::remove(&self.host, id, to).await?;
+                self.ovs.remove_bridge(ovs).await
+            }
+            Some(To::Macvtap(macvtap)) => macvtap::remove(&self.host, id, macvtap).await,
         }
-        Ok(())
     }
 
     fn endpoint(&self, socket: &Socket) -> Result<Endpoint, StepError> {
@@ -315,36 +299,5 @@ impl Steps {
         tokio::task::spawn_blocking(move || call(&dataplane))
             .await
             .expect("the dataplane's calls do not panic")
-    }
-}
-
-fn tap_spec(id: &Name, spec: &PlugSpec, to: &To) -> TapSpec {
-    TapSpec {
-        name: to.tap(id).to_string(),
-        owner: id.to_string(),
-        queues: spec.tap_queues(),
-        mtu: Some(spec.mtu_bytes().into()),
-        address: match to {
-            To::Tap { mac: Some(mac), .. } => Some(mac.0),
-            // The guest's card itself.
-            _ if spec.kernel_guest().is_some() => spec.mac.map(|mac| mac.0),
-            _ => None,
-        },
-        persistent: true,
-        // Only a TAP asked for by its own name may be an administrator's.
-        adopt: matches!(to, To::Tap { .. }),
-    }
-}
-
-/// Frames to other addresses than its own do not reach a macvtap, so it has the guest's.
-fn macvtap_spec(id: &Name, spec: &PlugSpec, macvtap: &Macvtap) -> MacvtapSpec {
-    MacvtapSpec {
-        name: macvtap.tap(id).to_string(),
-        owner: id.to_string(),
-        device: macvtap.device.to_string(),
-        mode: macvtap.mode.into(),
-        queues: spec.tap_queues(),
-        mtu: Some(spec.mtu_bytes().into()),
-        address: spec.mac.map(|mac| mac.0),
     }
 }

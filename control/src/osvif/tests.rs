@@ -1,0 +1,185 @@
+//! What each VIF is made of, as a plug's spec.
+
+use super::*;
+use serde_json::{Value, json};
+
+fn envelope(class: &str, version: &str, data: Value) -> Value {
+    let mut envelope = json!({"versioned_object.name": class, "versioned_object.namespace": "os_vif"});
+    envelope["versioned_object.version"] = version.into();
+    envelope["versioned_object.data"] = data;
+    envelope
+}
+
+const ID: &str = "dc065497-3c8d-4f44-8fb4-e1d33c16a536";
+const NETWORK: &str = "b82c1929-051e-481d-8110-4669916c7915";
+
+/// A VIF with these fields beside its id, path and mode.
+fn vif(mut more: Value) -> Value {
+    let mut data = json!({"id": ID, "path": "/run/vm.sock", "mode": "client"});
+    data.as_object_mut().unwrap().append(more.as_object_mut().unwrap());
+    envelope("VIFVHostUser", "1.1", data)
+}
+
+fn plug(value: &Value) -> Result<Value, Problem> {
+    let document = vif::Document::decode(value).unwrap();
+    let (id, spec) = plug_of(&document.plug().unwrap())?;
+    assert_eq!(id.as_str(), ID);
+    Ok(serde_json::to_value(spec).unwrap())
+}
+
+#[test]
+fn without_a_profile_it_is_a_port_of_its_network() {
+    let network = envelope("Network", "1.1", json!({"id": NETWORK, "mtu": 9000}));
+    let spec =
+        plug(&vif(json!({"network": network, "address": "22:52:25:62:e2:aa", "mode": "server"}))).unwrap();
+    let socket = json!({"role": "connect", "path": "/run/vm.sock"});
+    assert_eq!(spec, json!({"network": NETWORK, "socket": socket, "mac": "22:52:25:62:e2:aa", "mtu": 9000}));
+}
+
+#[test]
+fn what_producers_leave_out_is_done_without() {
+    let socket = json!({"role": "listen", "path": "/run/vm.sock"});
+    let bare = envelope("Network", "1.0", json!({}));
+    let unmeasured = envelope("Network", "1.1", json!({"mtu": 0}));
+    for more in [
+        json!({}),
+        json!({"address": null, "network": null}),
+        json!({"network": bare}),
+        json!({"network": unmeasured}),
+        json!({"port_profile": envelope("VIFPortProfileBase", "1.1", json!({}))}),
+    ] {
+        assert_eq!(plug(&vif(more)).unwrap(), json!({"socket": socket}));
+    }
+    let old = envelope("VIFVHostUser", "1.0", json!({"id": ID, "path": "/run/vm.sock", "mode": "client"}));
+    assert_eq!(plug(&old).unwrap(), json!({"socket": socket}));
+}
+
+#[test]
+fn profiles_join_it_with_the_host() {
+    let network = envelope("Network", "1.1", json!({"id": NETWORK, "mtu": 1450}));
+    let tap = envelope("VIFPortProfileFPTap", "1.1", json!({"mac_address": "52:54:00:00:00:09"}));
+    let spec =
+        plug(&vif(json!({"vif_name": "tapdc065497-3c", "port_profile": tap, "network": network}))).unwrap();
+    assert_eq!(spec["to"], json!({"kind": "tap", "tap": "tapdc065497-3c", "mac": "52:54:00:00:00:09"}));
+    assert_eq!((&spec["mtu"], &spec["network"]), (&json!(1450), &Value::Null));
+    let bridge = envelope("VIFPortProfileFPBridge", "1.0", json!({"bridge_name": "brq1"}));
+    let spec = plug(&vif(json!({"vif_name": "tap1", "port_profile": bridge}))).unwrap();
+    assert_eq!(spec["to"], json!({"kind": "bridge", "bridge": "brq1", "tap": "tap1"}));
+}
+
+/// A VIF in Open vSwitch, its profile of this class, and these fields.
+fn in_ovs(class: &str, profile: &str, mut more: Value, profile_data: Value) -> Value {
+    let network = envelope("Network", "1.1", json!({"id": NETWORK, "bridge": "br-int", "mtu": 1450}));
+    let mut data = json!({"id": ID, "address": "22:52:25:62:e2:aa", "network": network,
+                          "port_profile": envelope(profile, "1.4", profile_data)});
+    data.as_object_mut().unwrap().append(more.as_object_mut().unwrap());
+    envelope(class, if class == "VIFVHostUser" { "1.1" } else { "1.0" }, data)
+}
+
+#[test]
+fn a_vhost_user_port_in_open_vswitch_is_joined_with_a_tap() {
+    let socket = json!({"path": "/run/vm.sock", "mode": "client", "vif_name": "vhudc065497-3c"});
+    for profile in ["VIFPortProfileFPOpenVSwitch", "VIFPortProfileOpenVSwitch"] {
+        let data = json!({"interface_id": ID, "datapath_type": "netdev"});
+        let spec = plug(&in_ovs("VIFVHostUser", profile, socket.clone(), data)).unwrap();
+        let to = json!({"kind": "ovs", "bridge": "br-int", "tap": "vhudc065497-3c", "datapath_type": "netdev",
+                        "iface_id": ID});
+        assert_eq!((&spec["to"], &spec["mtu"], &spec["network"]), (&to, &json!(1450), &Value::Null));
+        assert_eq!(spec["mac"], "22:52:25:62:e2:aa");
+    }
+}
+
+#[test]
+fn the_guests_tap_in_open_vswitch_is_made_as_far_as_the_profile_says() {
+    let profile = "VIFPortProfileOpenVSwitch";
+    let card = |data| {
+        let vif = in_ovs("VIFOpenVSwitch", profile, json!({"vif_name": "tap1"}), data);
+        let document =
+            json!({"vif": vif, "instance_info": envelope("InstanceInfo", "1.0", json!({"uuid": "vm"}))});
+        let spec = plug(&document).unwrap();
+        assert_eq!((&spec["socket"], &spec["to"]["tap"]), (&Value::Null, &json!("tap1")));
+        (spec["to"]["guest"].clone(), spec["to"]["vm_uuid"].clone(), spec["queues"].clone())
+    };
+    let made = |make_tap: bool, make_port: bool| json!({"make_tap": make_tap, "make_port": make_port});
+    assert_eq!(card(json!({})), (made(false, false), json!("vm"), Value::Null));
+    assert_eq!(card(json!({"create_port": true})).0, made(false, true));
+    let all = json!({"create_port": true, "create_tap": true, "multiqueue": true});
+    assert_eq!(card(all), (made(true, true), json!("vm"), json!(2)));
+}
+
+#[test]
+fn cards_of_the_kernels_own_are_made_for_the_vmm() {
+    let generic = json!({"id": ID, "vif_name": "tap1", "address": "52:54:00:00:00:09"});
+    let spec = plug(&envelope("VIFGeneric", "1.0", generic)).unwrap();
+    assert_eq!(spec["to"], json!({"kind": "tap", "tap": "tap1", "guest": true}));
+    assert_eq!(spec["mac"], "52:54:00:00:00:09");
+    let on_vlan = json!({"id": ID, "vif_name": "mvt1", "mode": "passthrough", "vlan_name": "vlan7",
+                         "dev_address": "0000:03:00.1"});
+    let spec = plug(&envelope("VIFDirect", "1.0", on_vlan)).unwrap();
+    let to =
+        json!({"kind": "macvtap", "device": "vlan7", "mode": "passthrough", "tap": "mvt1", "guest": true});
+    assert_eq!(spec["to"], to);
+    let nowhere = json!({"id": ID, "mode": "bridge", "dev_address": "fff0:1f:1f.7"});
+    let problem = plug(&envelope("VIFDirect", "1.0", nowhere)).unwrap_err();
+    assert_eq!((problem.kind, problem.field.as_deref()), (Kind::Precondition, Some("vif.dev_address")));
+    assert!(problem.detail.contains("PCI device fff0:1f:1f.7"), "{}", problem.detail);
+}
+
+#[test]
+fn what_is_not_supported_is_said_with_what_is() {
+    let qbh = envelope("VIFPortProfile8021Qbh", "1.1", json!({}));
+    let hybrid = json!({"interface_id": ID, "hybrid_plug": true, "bridge_name": "qbr1"});
+    let hybrid = envelope("VIFPortProfileFPOpenVSwitch", "1.4", hybrid);
+    let device = envelope("VIFHostDevice", "1.0", json!({"id": ID, "dev_address": "0000:03:00.1"}));
+    let qbg = envelope("VIFPortProfile8021Qbg", "1.1", json!({}));
+    let direct = json!({"id": ID, "mode": "vepa", "vlan_name": "vlan7", "port_profile": qbg});
+    let direct = envelope("VIFDirect", "1.0", direct);
+    let bare = envelope("VIFOpenVSwitch", "1.0", json!({"id": ID, "vif_name": "tap1"}));
+    for (value, named) in [
+        (vif(json!({"port_profile": qbh})), "VIFPortProfile8021Qbh"),
+        (vif(json!({"port_profile": hybrid, "vif_name": "tap1"})), "hybrid"),
+        (device, "VIFHostDevice"),
+        (direct, "VIFPortProfile8021Qbg"),
+        (bare, "VIFOpenVSwitch"),
+    ] {
+        let problem = plug(&value).unwrap_err();
+        assert_eq!(problem.kind, Kind::Unsupported);
+        assert!(problem.detail.contains(named), "{}", problem.detail);
+        assert!(problem.hint.unwrap().contains("VIFVHostUser"));
+    }
+}
+
+#[test]
+fn what_a_plug_needs_is_asked_for() {
+    let tap = || envelope("VIFPortProfileFPTap", "1.1", json!({}));
+    let fp_bridge = |data| envelope("VIFPortProfileFPBridge", "1.1", data);
+    let ovs = |data| envelope("VIFPortProfileOpenVSwitch", "1.4", data);
+    let bridged = || envelope("Network", "1.1", json!({"bridge": "br-int"}));
+    let huge = envelope("Network", "1.1", json!({"mtu": 70_000}));
+    let odd = envelope("Network", "1.1", json!({"id": "a/b"}));
+    for (value, field) in [
+        (vif(json!({"path": "relative"})), "vif.path"),
+        (vif(json!({"port_profile": tap()})), "vif.vif_name"),
+        (vif(json!({"port_profile": tap(), "vif_name": "sixteen-bytes-xx"})), "vif.vif_name"),
+        (vif(json!({"port_profile": fp_bridge(json!({})), "vif_name": "t"})), "vif.port_profile.bridge_name"),
+        (vif(json!({"network": huge})), "vif.network.mtu"),
+        (vif(json!({"port_profile": ovs(json!({}))})), "vif.network"),
+        (vif(json!({"port_profile": ovs(json!({})), "network": bridged()})), "vif.address"),
+        (
+            vif(json!({"port_profile": ovs(json!({"datapath_type": "fpga"})), "network": bridged(),
+                       "address": "22:52:25:62:e2:aa"})),
+            "vif.port_profile.datapath_type",
+        ),
+        (vif(json!({"network": odd})), "vif.network.id"),
+        (vif(json!({"address": "ff:ff:ff:ff:ff:ff"})), "vif.address"),
+        (vif(json!({"id": "../x"})), "vif.id"),
+        (envelope("VIFVHostUser", "1.1", json!({"id": ID, "mode": "client"})), "vif.path"),
+        (envelope("VIFVHostUser", "1.1", json!({"id": ID, "path": "/x"})), "vif.mode"),
+        (envelope("VIFVHostUser", "1.1", json!({})), "vif.id"),
+        (envelope("VIFGeneric", "1.0", json!({"id": ID})), "vif.vif_name"),
+        (envelope("VIFDirect", "1.0", json!({"id": ID, "mode": "vepa"})), "vif.dev_address"),
+        (envelope("VIFDirect", "1.0", json!({"id": ID, "vlan_name": "v"})), "vif.mode"),
+    ] {
+        assert_eq!(plug(&value).unwrap_err().field.as_deref(), Some(field));
+    }
+}

@@ -1,0 +1,59 @@
+//! `VIFVHostUser`: a guest behind a vhost-user socket, and what its port profile joins it with.
+
+use vif::vif::{VhostUserMode, VhostUserVif};
+use vif::{PortProfile, ProfileKind};
+
+use super::{open_vswitch, parsed, required, unsupported};
+use crate::problem::Problem;
+use crate::spec::{Bridge, Ovs, PlugSpec, Role, Socket, Tap, To};
+
+pub(super) fn fill_in(spec: &mut PlugSpec, asked: &vif::Plug, card: &VhostUserVif) -> Result<(), Problem> {
+    spec.socket = Some(socket_of(card)?);
+    match asked.vif.port_profile.value() {
+        Some(profile) if !matches!(profile.kind, ProfileKind::Base) => {
+            spec.to = Some(host_side(asked, card, profile)?);
+        }
+        _ => {
+            let id = asked.vif.network.value().and_then(|network| network.id.value());
+            spec.network = id.map(|id| parsed("vif.network.id", id)).transpose()?;
+        }
+    }
+    Ok(())
+}
+
+fn socket_of(vif: &VhostUserVif) -> Result<Socket, Problem> {
+    let role = match required("vif.mode", &vif.mode)? {
+        VhostUserMode::Client => Role::Listen,
+        VhostUserMode::Server => Role::Connect,
+    };
+    Ok(Socket { role, path: parsed("vif.path", required("vif.path", &vif.path)?)? })
+}
+
+fn host_side(asked: &vif::Plug, vif: &VhostUserVif, profile: &PortProfile) -> Result<To, Problem> {
+    // VIFVHostUser 1.0 has no vif_name.
+    let tap = || parsed("vif.vif_name", required("vif.vif_name", &vif.vif_name)?);
+    match &profile.kind {
+        ProfileKind::FpTap(tap_profile) => {
+            let field = "vif.port_profile.mac_address";
+            let mac = tap_profile.mac_address.value().map(|mac| parsed(field, mac)).transpose()?;
+            Ok(To::Tap(Tap { mac, ..Tap::new(tap()?) }))
+        }
+        ProfileKind::FpBridge(bridge) => {
+            let field = "vif.port_profile.bridge_name";
+            let bridge = parsed(field, required(field, &bridge.bridge_name)?)?;
+            Ok(To::Bridge(Bridge { tap: Some(tap()?), ..Bridge::new(bridge) }))
+        }
+        ProfileKind::FpOpenVSwitch(_, more) if more.hybrid_plug.value() == Some(&true) => {
+            Err(unsupported("a hybrid plug, through a Linux bridge into Open vSwitch,"))
+        }
+        ProfileKind::FpOpenVSwitch(ovs, _) => {
+            Ok(To::Ovs(Ovs { tap: Some(tap()?), ..open_vswitch::port(asked, ovs)? }))
+        }
+        // os-vif's own plug-in makes up a name here and does not look at vif_name.
+        ProfileKind::OpenVSwitch(ovs) => {
+            let tap = vif.vif_name.value().map(|name| parsed("vif.vif_name", name)).transpose()?;
+            Ok(To::Ovs(Ovs { tap, ..open_vswitch::port(asked, ovs)? }))
+        }
+        _ => Err(unsupported(&format!("a VIF with port profile {}", profile.class))),
+    }
+}
