@@ -14,7 +14,7 @@ use tokio::time::timeout;
 
 use crate::Error;
 use crate::connection::{Address, Connection, LIMIT, Message};
-use crate::value::Row;
+use crate::value::{self, Row};
 
 /// The database that is spoken of.
 pub const DATABASE: &str = "Open_vSwitch";
@@ -61,7 +61,9 @@ impl Client {
     /// `waits` is how long its `wait` operations may take beside the server's own time.
     pub async fn transact(&self, operations: Vec<Value>, waits: Duration) -> Result<Vec<Row>, Error> {
         let count = operations.len();
-        let requests = self.requests().await?;
+        // Whoever waits for another's attempt to connect waits no longer than one attempt takes.
+        let late = |_| Err(Error::Connect { address: self.address.to_string(), cause: "timed out".into() });
+        let requests = timeout(LIMIT, self.requests()).await.unwrap_or_else(late)?;
         let (answer, answered) = oneshot::channel();
         let asked = async {
             requests.send(Request { operations, answer }).await.ok()?;
@@ -129,7 +131,7 @@ impl Client {
 }
 
 fn refused(row: &Row) -> Error {
-    let text = |name: &str| row.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let text = |name: &str| value::text(row, name).unwrap_or_default().to_owned();
     Error::Refused { error: text("error"), details: text("details") }
 }
 
@@ -154,9 +156,8 @@ async fn serve(mut connection: Connection, mut queue: mpsc::Receiver<Request>) {
                     let Some(answer) = pending.remove(&id) else {
                         break connection.protocol(&"two replies to one request");
                     };
-                    let refused = |error: Value| Error::Refused { error: error.to_string(), details: String::new() };
                     // Whoever asked may have gone.
-                    let _: Result<(), _> = answer.send(result.map_err(refused));
+                    let _: Result<(), _> = answer.send(result.map_err(Error::of_request));
                 }
                 Ok(Message::Probe(answer)) => {
                     if let Err(error) = connection.answer(&answer).await {

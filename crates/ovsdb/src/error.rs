@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use serde_json::Value;
+
 /// Why Open vSwitch is not as asked. Each names the object, the cause and the way out. Cheap to clone: one broken connection
 /// fails every request on it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -42,7 +44,7 @@ pub enum Error {
         limit: Duration,
     },
     /// The database refused a transaction.
-    #[error("Open vSwitch's database refused the change: {error}: {details}")]
+    #[error("Open vSwitch's database refused the request: {error}: {details}")]
     Refused {
         /// RFC 7047 §3.1, `<error>`: `constraint violation`, `timed out` …
         error: String,
@@ -104,14 +106,28 @@ pub enum Error {
         owner: String,
     },
     /// Somebody else changes the same rows all the time.
-    #[error("{port} was changed in Open vSwitch's database by somebody else meanwhile: try again")]
+    #[error(
+        "{port} cannot be changed in Open vSwitch's database ({cause}): try again, if somebody else changes it, too"
+    )]
     Raced {
         /// The port or bridge.
         port: String,
+        /// The server's words at the last attempt.
+        cause: String,
     },
 }
 
 impl Error {
+    /// A request that was refused as a whole (RFC 7047 §4), in as many words as people read.
+    pub(crate) fn of_request(error: Value) -> Self {
+        const CHARS_MAX: usize = 256;
+        let error = match error {
+            Value::String(text) => text,
+            other => other.to_string(),
+        };
+        Self::Refused { error: error.chars().take(CHARS_MAX).collect(), details: String::new() }
+    }
+
     /// True if what was asked for belongs to somebody else, or is something else.
     pub fn is_conflict(&self) -> bool {
         matches!(self, Self::DatapathType { .. } | Self::OtherBridge { .. } | Self::OtherOwner { .. })

@@ -2,12 +2,14 @@
 //!
 //! RFC 7047 §4 puts one JSON object after another onto the stream, with nothing between them that would tell where one ends.
 //! [`Frames`] looks at each byte once: it follows strings, escapes and brackets, and parses an object when its last bracket
-//! is there. So half a message costs its bytes and no time.
+//! is there. So half a message costs its bytes and no time, and what a message grows to when it is parsed is known before.
 
 use serde_json::Value;
 
 /// Longest message, bytes: the tables of a host with tens of thousands of ports.
 pub const MESSAGE_MAX: usize = 32 << 20;
+/// Most values in a message, told by the commas between them: two bytes on the stream may be fifty in memory.
+pub const VALUES_MAX: usize = 2 << 20;
 /// Deepest nesting; the notation of RFC 7047 needs ten.
 pub const DEPTH_MAX: u32 = 64;
 
@@ -20,6 +22,9 @@ pub enum FrameError {
     /// Brackets in brackets.
     #[error("a message nested deeper than {DEPTH_MAX}")]
     Depth,
+    /// Commas upon commas.
+    #[error("a message of more than {VALUES_MAX} values")]
+    Values,
     /// No end in sight.
     #[error("a message longer than {MESSAGE_MAX} bytes")]
     Length,
@@ -34,6 +39,7 @@ pub struct Frames {
     bytes: Vec<u8>,
     /// Bytes of it that were looked at.
     seen: usize,
+    commas: usize,
     depth: u32,
     in_string: bool,
     escaped: bool,
@@ -56,6 +62,7 @@ impl Frames {
             if self.ends_with(byte)? {
                 let message = serde_json::from_slice(&self.bytes[..self.seen]);
                 self.bytes.drain(..std::mem::take(&mut self.seen));
+                self.commas = 0;
                 return message.map(Some).map_err(|cause| FrameError::Json(cause.to_string()));
             }
         }
@@ -82,6 +89,12 @@ impl Frames {
             }
             _ if self.depth == 0 => return Err(FrameError::Start(byte)),
             b'"' => self.in_string = true,
+            b',' => {
+                self.commas += 1;
+                if self.commas >= VALUES_MAX {
+                    return Err(FrameError::Values);
+                }
+            }
             b'}' | b']' => {
                 self.depth -= 1;
                 return Ok(self.depth == 0);
@@ -141,11 +154,13 @@ mod tests {
     fn what_is_no_message_is_an_error() {
         let deep = b"{".repeat(65);
         let long = [b"{\"".to_vec(), b"a".repeat(MESSAGE_MAX)].concat();
+        let many = [b"{\"a\":[".to_vec(), b"0,".repeat(VALUES_MAX)].concat();
         for (stream, error) in [
             (&b"HTTP/1.1 400"[..], FrameError::Start(b'H')),
             (b"[1]", FrameError::Start(b'[')),
             (&deep, FrameError::Depth),
             (&long, FrameError::Length),
+            (&many, FrameError::Values),
         ] {
             assert_eq!(all(stream, 1 << 16).unwrap_err(), error);
         }

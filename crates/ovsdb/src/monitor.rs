@@ -10,6 +10,9 @@ use crate::client::DATABASE;
 use crate::connection::{Address, Connection, LIMIT, Message};
 use crate::value::{self, Row};
 
+/// Rows of one table that are looked at: more than a switch has ports for.
+const ROWS_MAX: usize = 1 << 17;
+
 /// News of the tables that [`View`] shows.
 #[derive(Debug)]
 pub struct Monitor {
@@ -65,7 +68,7 @@ impl<T> Table<T> {
         {
             self.uuids.remove(&former);
         }
-        if let Some((name, row)) = row {
+        if let Some((name, row)) = row.filter(|_| self.rows.len() < ROWS_MAX) {
             self.uuids.insert(name.clone(), uuid.into());
             self.rows.insert(uuid.into(), (name, row));
         }
@@ -83,6 +86,14 @@ impl Monitor {
     /// Those of a connection.
     pub async fn open(address: &Address) -> Result<(Self, View), Error> {
         let mut monitor = Self { connection: Connection::open(address).await?, probe: None };
+        // All of it: a server that says other things meanwhile has not answered.
+        match timeout(LIMIT, monitor.begin()).await {
+            Ok(view) => Ok((monitor, view?)),
+            Err(_) => Err(monitor.connection.silent()),
+        }
+    }
+
+    async fn begin(&mut self) -> Result<View, Error> {
         let columns = |columns: &[&str]| json!([{ "columns": columns }]);
         let tables = json!({
             "Open_vSwitch": columns(&["external_ids"]),
@@ -90,22 +101,18 @@ impl Monitor {
             "Port": columns(&["name"]),
             "Interface": columns(&["name", "ofport", "error", "ifindex", "mtu", "external_ids"]),
         });
-        let id = monitor.connection.request("monitor", json!([DATABASE, null, tables])).await?;
-        let mut view = View::default();
+        let id = self.connection.request("monitor", json!([DATABASE, null, tables])).await?;
         loop {
-            let received = timeout(LIMIT, monitor.connection.receive()).await;
-            match received.unwrap_or_else(|_| Err(monitor.connection.silent()))? {
-                Message::Reply(reply, Ok(tables)) if reply == id => {
-                    view.apply(&tables);
-                    return Ok((monitor, view));
-                }
-                Message::Reply(_, Err(error)) => {
-                    return Err(Error::Refused { error: error.to_string(), details: "monitor".into() });
+            match self.connection.receive().await? {
+                Message::Reply(reply, result) if reply == id => {
+                    let mut view = View::default();
+                    view.apply(&result.map_err(Error::of_request)?);
+                    return Ok(view);
                 }
                 Message::Reply(..) => {
-                    return Err(monitor.connection.protocol(&"a reply to nothing that was asked"));
+                    return Err(self.connection.protocol(&"a reply to nothing that was asked"));
                 }
-                Message::Probe(answer) => monitor.connection.answer(&answer).await?,
+                Message::Probe(answer) => self.connection.answer(&answer).await?,
                 Message::Update(_) | Message::Other => {}
             }
         }
@@ -126,9 +133,9 @@ impl Monitor {
                 continue;
             };
             match received? {
-                Message::Update(params) => {
+                Message::Update(mut params) => {
                     // `params` is [the monitor's name, the tables].
-                    return Ok(params.get(1).cloned().unwrap_or_default());
+                    return Ok(params.get_mut(1).map(Value::take).unwrap_or_default());
                 }
                 Message::Reply(id, _) if self.probe == Some(id) => self.probe = None,
                 Message::Reply(..) => {

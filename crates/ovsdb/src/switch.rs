@@ -24,6 +24,14 @@ pub struct Switch {
     client: Client,
 }
 
+/// What became of a change.
+enum Commit {
+    /// Made, as the configuration of this generation (`next_cfg`).
+    Done(i64),
+    /// Not made, because it does not fit what is there now; in the server's words.
+    Lost(String),
+}
+
 impl Switch {
     /// Through this client.
     pub fn new(client: Client) -> Self {
@@ -48,19 +56,24 @@ impl Switch {
     /// # Errors
     /// [`Error::DatapathType`]; [`Error::Unapplied`]; those of a connection.
     pub async fn ensure_bridge(&self, spec: &PortSpec) -> Result<bool, Error> {
-        let bridge = &spec.bridge;
+        let (bridge, mut cause) = (&spec.bridge, String::new());
         for _ in 0..ATTEMPTS {
             let (_, operations) = bridge_operations(&self.look("", bridge).await?, spec)?;
             if operations.is_empty() {
                 return Ok(false);
             }
-            if let Some(generation) = self.commit(operations).await? {
-                self.wait_until_applied(bridge, generation, APPLY_LIMIT).await?;
-                info!(bridge, "Open vSwitch bridge made");
-                return Ok(true);
-            }
+            let generation = match self.commit(operations).await? {
+                Commit::Done(generation) => generation,
+                Commit::Lost(why) => {
+                    cause = why;
+                    continue;
+                }
+            };
+            self.wait_until_applied(bridge, generation, APPLY_LIMIT).await?;
+            info!(bridge, "Open vSwitch bridge made");
+            return Ok(true);
         }
-        Err(Error::Raced { port: bridge.clone() })
+        Err(Error::Raced { port: bridge.clone(), cause })
     }
 
     /// Makes the bridge and the port if they are not there, corrects the columns that the spec names, and waits until the
@@ -70,7 +83,7 @@ impl Switch {
     /// [`Error::DatapathType`], [`Error::OtherBridge`], [`Error::OtherOwner`]; [`Error::Port`],
     /// [`Error::Unapplied`]: the rows stay then; those of a connection.
     pub async fn ensure_port(&self, spec: &PortSpec) -> Result<bool, Error> {
-        let (name, mut changed) = (&spec.name, false);
+        let (name, mut changed, mut cause) = (&spec.name, false, String::new());
         for _ in 0..ATTEMPTS {
             let found = self.look(name, &spec.bridge).await?;
             let operations = port_operations(&found, spec)?;
@@ -89,14 +102,20 @@ impl Switch {
             }
             changed |= !operations.is_empty();
             // Without operations it is asked for a sign: a port that is right, but not open, may be about to be.
-            let Some(generation) = self.commit(operations).await? else { continue };
+            let generation = match self.commit(operations).await? {
+                Commit::Done(generation) => generation,
+                Commit::Lost(why) => {
+                    cause = why;
+                    continue;
+                }
+            };
             self.wait_until_applied(name, generation, APPLY_LIMIT).await?;
             let Some(interface) = self.look(name, &spec.bridge).await?.interface else { continue };
             opened(&interface, spec)?;
             info!(port = name, bridge = spec.bridge, "port of Open vSwitch");
             return Ok(changed);
         }
-        Err(Error::Raced { port: name.clone() })
+        Err(Error::Raced { port: name.clone(), cause })
     }
 
     /// Removes the port if it is in the bridge and bears the plug's mark. False if it was not removed. The switch has let go
@@ -139,13 +158,14 @@ impl Switch {
                    "columns": ["ports"], "rows": [unchanged], "timeout": 0}),
             mutate("Open_vSwitch", &[], "bridges", "delete", &value::set([value::uuid(&uuid)])),
         ];
-        let Some(generation) = self.commit(operations).await? else { return Ok(false) };
+        let Commit::Done(generation) = self.commit(operations).await? else { return Ok(false) };
         self.wait_until_released(bridge, generation).await?;
         info!(bridge, "Open vSwitch bridge removed");
         Ok(true)
     }
 
     async fn remove(&self, bridge: &str, name: &str) -> Result<(), Error> {
+        let mut cause = String::new();
         for _ in 0..ATTEMPTS {
             let found = self.look(name, bridge).await?;
             let Some(port) = found.port.as_ref().and_then(|port| value::uuids(port, "_uuid").pop()) else {
@@ -155,10 +175,12 @@ impl Switch {
             let whose = [json!(["name", "==", bridge])];
             let operations =
                 vec![mutate("Bridge", &whose, "ports", "delete", &value::set([value::uuid(&port)]))];
-            let Some(generation) = self.commit(operations).await? else { continue };
-            return self.wait_until_released(name, generation).await;
+            match self.commit(operations).await? {
+                Commit::Done(generation) => return self.wait_until_released(name, generation).await,
+                Commit::Lost(why) => cause = why,
+            }
         }
-        Err(Error::Raced { port: name.into() })
+        Err(Error::Raced { port: name.into(), cause })
     }
 
     async fn look(&self, port: &str, bridge: &str) -> Result<Found, Error> {
@@ -189,25 +211,24 @@ impl Switch {
         Ok(found)
     }
 
-    /// Makes a change that the switch is to take up, and gives its generation (`next_cfg`). `None` if somebody else changed
-    /// the same rows first.
-    async fn commit(&self, mut operations: Vec<Value>) -> Result<Option<i64>, Error> {
+    /// Makes a change that the switch is to take up.
+    async fn commit(&self, mut operations: Vec<Value>) -> Result<Commit, Error> {
         operations.push(mutate("Open_vSwitch", &[], "next_cfg", "+=", &json!(1)));
         operations
             .push(json!({"op": "select", "table": "Open_vSwitch", "where": [], "columns": ["next_cfg"]}));
         let answers = match self.client.transact(operations, Duration::ZERO).await {
             Ok(answers) => answers,
             // A name that is there already, a reference to a row that is gone; a guard that does not hold any more.
-            Err(Error::Refused { error, .. })
+            Err(Error::Refused { error, details })
                 if ["constraint violation", "referential integrity violation", "timed out"]
                     .contains(&error.as_str()) =>
             {
-                return Ok(None);
+                return Ok(Commit::Lost(format!("{error}: {details}")));
             }
             Err(error) => return Err(error),
         };
         let root = answers.iter().rev().find_map(|answer| rows(answer).into_iter().next());
-        Ok(Some(root.and_then(|root| value::integer(&root, "next_cfg")).unwrap_or_default()))
+        Ok(Commit::Done(root.and_then(|root| value::integer(&root, "next_cfg")).unwrap_or_default()))
     }
 
     /// Waits until the switch has taken up the configuration of this generation (`cur_cfg`). The server does the waiting

@@ -1,11 +1,15 @@
 //! The notation of RFC 7047 §5.1: sets, maps, UUIDs and rows, written and read.
 //!
 //! A set of one may be written as its element, so each reader takes both. What a reader cannot read is `None`: a column
-//! that is absent and one of another type are alike to whoever needs it.
+//! that is absent and one of another type are alike to whoever needs it, and so is a text that is longer than any that
+//! the schema is used for: what is read is kept, and shown to people.
 
 use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
+
+/// Longest text that is read, bytes.
+const TEXT_MAX: usize = 4096;
 
 /// A row as the server sends it: column to value.
 pub type Row = serde_json::Map<String, Value>;
@@ -43,7 +47,12 @@ pub fn elements(value: Option<&Value>) -> &[Value] {
 
 /// A string, also as the only element of a set.
 pub fn text<'a>(row: &'a Row, column: &str) -> Option<&'a str> {
-    elements(row.get(column)).first()?.as_str()
+    short(elements(row.get(column)).first()?)
+}
+
+/// A truth value, also as the only element of a set.
+pub fn flag(row: &Row, column: &str) -> Option<bool> {
+    elements(row.get(column)).first()?.as_bool()
 }
 
 /// A whole number, also as the only element of a set.
@@ -53,13 +62,13 @@ pub fn integer(row: &Row, column: &str) -> Option<i64> {
 
 /// The strings of a set.
 pub fn texts(row: &Row, column: &str) -> Vec<String> {
-    elements(row.get(column)).iter().filter_map(Value::as_str).map(Into::into).collect()
+    elements(row.get(column)).iter().filter_map(short).map(Into::into).collect()
 }
 
 /// The UUIDs of a set.
 pub fn uuids(row: &Row, column: &str) -> Vec<String> {
     let bare = |value: &Value| match value.as_array().map(Vec::as_slice) {
-        Some([Value::String(tag), Value::String(uuid)]) if tag == "uuid" => Some(uuid.clone()),
+        Some([Value::String(tag), uuid]) if tag == "uuid" => short(uuid).map(Into::into),
         _ => None,
     };
     elements(row.get(column)).iter().filter_map(bare).collect()
@@ -73,10 +82,14 @@ pub fn pairs(row: &Row, column: &str) -> BTreeMap<String, String> {
         return BTreeMap::new();
     };
     let pair = |value: &Value| match value.as_array().map(Vec::as_slice) {
-        Some([Value::String(key), Value::String(value)]) => Some((key.clone(), value.clone())),
+        Some([key, value]) => Some((short(key)?.into(), short(value)?.into())),
         _ => None,
     };
     if tag == "map" { pairs.iter().filter_map(pair).collect() } else { BTreeMap::new() }
+}
+
+fn short(value: &Value) -> Option<&str> {
+    value.as_str().filter(|text| text.len() <= TEXT_MAX)
 }
 
 #[cfg(test)]
@@ -98,6 +111,7 @@ mod tests {
         assert_eq!(uuids(&row(set([uuid("u"), uuid("v")])), "c"), ["u", "v"]);
         assert_eq!(integer(&row(json!(["set", []])), "c"), None);
         assert_eq!(integer(&row(json!(-1)), "c"), Some(-1));
+        assert_eq!(flag(&row(set([true])), "c"), Some(true));
     }
 
     #[test]
@@ -109,9 +123,20 @@ mod tests {
 
     #[test]
     fn what_is_of_another_type_is_not_there() {
-        for odd in [json!(null), json!({}), json!(["set"]), json!(["map", 1]), json!([[]]), json!(true)] {
+        let long = "a".repeat(TEXT_MAX + 1);
+        for odd in [
+            json!(null),
+            json!({}),
+            json!(["set"]),
+            json!(["map", 1]),
+            json!([[]]),
+            json!(["uuid", long]),
+            map([("a", long.as_str()), (long.as_str(), "a")]),
+            set([long.as_str()]),
+        ] {
             let row = row(odd);
-            assert_eq!((text(&row, "c"), integer(&row, "c")), (None, None));
+            assert_eq!((text(&row, "c"), integer(&row, "c"), flag(&row, "c")), (None, None, None));
+            assert!(texts(&row, "c").iter().all(|text| text.len() < TEXT_MAX));
             assert!(uuids(&row, "c").is_empty() && pairs(&row, "c").is_empty());
         }
         assert_eq!(text(&Row::new(), "c"), None);

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use ovsdb::{Address, Client, Error, Monitor, Switch};
+use ovsdb::{Address, Client, Error, Monitor, PortSpec, Switch};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
@@ -216,4 +216,44 @@ async fn a_monitor_asks_a_silent_server_whether_it_is_there() {
     let error = timeout(PATIENCE, monitor.next()).await.unwrap().unwrap_err();
     assert!(matches!(error, Error::Silent { .. }), "{error}");
     server.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_monitor_does_not_wait_longer_for_a_server_that_says_other_things() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("db.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let server = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let news = json!({"method": "update", "params": [null, {}], "id": null}).to_string();
+        while stream.write_all(news.as_bytes()).await.is_ok() {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    });
+    let error = timeout(PATIENCE, Monitor::open(&address(&path))).await.unwrap().unwrap_err();
+    assert!(matches!(error, Error::Silent { .. }), "{error}");
+    server.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_change_that_is_never_taken_is_told_in_the_servers_words() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("db.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        loop {
+            let request = read_request(&mut stream).await;
+            let refusal = json!({"error": "constraint violation", "details": "no such name"});
+            let answer = if request["params"].to_string().contains("insert") {
+                json!({"id": request["id"], "error": null, "result": [refusal]})
+            } else {
+                empty_answer(&request["id"])
+            };
+            stream.write_all(answer.to_string().as_bytes()).await.unwrap();
+        }
+    });
+    let spec = PortSpec { bridge: "br0".into(), ..PortSpec::default() };
+    let error = Switch::new(Client::new(address(&path))).ensure_bridge(&spec).await.unwrap_err();
+    assert!(matches!(&error, Error::Raced { cause, .. } if cause.contains("no such name")), "{error}");
 }
