@@ -25,6 +25,10 @@ MIRI = CARGO_TARGET_DIR=$(CARGO_TARGET_DIR)/miri cargo +nightly miri test -p vri
 INSTRUCTIONS = { command -v valgrind || { apt-get update -q && apt-get install -y -q --no-install-recommends valgrind; }; } >/dev/null \
 	&& cargo run -q --release -p benches --bin instructions
 
+# Tests of what this machine's kernel may lack, in a guest with Debian's (tests/src/bin/guest.rs): test binaries, then
+# names of tests, or parts of them.
+IN_GUEST = --test host --test ovs -- bridge guests_of_two_plugs
+
 .PHONY: demo test nova soak bench lint
 
 demo:
@@ -35,6 +39,7 @@ test:
 	tests/setup.sh build guest dpdk ovs fuzz python
 	cargo build --workspace --bins --tests
 	cargo test --workspace
+	cargo test --workspace --config 'target."cfg(unix)".runner = "$(CARGO_TARGET_DIR)/debug/guest"' $(IN_GUEST)
 	integrations/os-vif/check.sh debian
 	$(MODELS)
 	$(INSTRUCTIONS)

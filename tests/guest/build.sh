@@ -21,7 +21,7 @@ programs=(bridge dash ethtool flock ip iperf3)
 libraries=(/lib/x86_64-linux-gnu/libgcc_s.so.1)
 # Modules the guest may load; what they need comes along.
 modules=(
-    virtio_pci virtio_console virtio_net 9p 9pnet_virtio
+    virtio_pci virtio_console virtio_net 9p 9pnet_virtio overlay
     8021q bonding bridge dummy ifb macvlan macvtap openvswitch team tun veth vhost_net vxlan geneve
     act_mirred cls_matchall cls_flower sch_fq sch_ingress sch_netem pktgen tcp_bbr
     igb igbvf vfio-pci

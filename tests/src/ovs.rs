@@ -2,8 +2,9 @@
 //! the test's own.
 //!
 //! Bridges need `datapath_type=netdev`, the datapath in user space: no kernel module is asked for. Frames between ports
-//! that are not DPDK's are moved by the switch's main thread.
+//! that are not DPDK's are moved by the switch's main thread. In a guest ([`MARK`]) the kernel has the module, and forwards.
 
+use std::env;
 use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -17,6 +18,7 @@ use crate::daemon::Daemon;
 use crate::deadline::wait_for_some;
 use crate::netns::Netns;
 use crate::process::Process;
+use crate::qemu::MARK;
 
 /// The switch of Debian's packages, and the same built with DPDK.
 const SWITCH: &str = "/usr/lib/openvswitch-switch/ovs-vswitchd";
@@ -48,13 +50,21 @@ pub struct Ovs {
     dir: TempDir,
 }
 
-/// A host with the switch, its bridges in user space, and the daemon.
+/// A host with the switch and the daemon.
 pub fn host() -> Result<(Daemon, Ovs)> {
     let netns = Arc::new(Netns::new()?);
     let ovs = Ovs::start(&netns, Dpdk::Off)?;
-    let configuration =
-        format!("[ovs]\ndatabase = \"unix:{}\"\ndatapath_type = \"netdev\"\n", ovs.socket().display());
+    let configuration = format!(
+        "[ovs]\ndatabase = \"unix:{}\"\ndatapath_type = \"{}\"\n",
+        ovs.socket().display(),
+        datapath_type()
+    );
     Ok((Daemon::start_on(netns, &configuration)?, ovs))
+}
+
+/// What bridges are.
+pub fn datapath_type() -> &'static str {
+    if env::var_os(MARK).is_some() { "system" } else { "netdev" }
 }
 
 impl Ovs {

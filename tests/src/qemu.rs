@@ -33,6 +33,9 @@ const RUN_TIMEOUT: Duration = Duration::from_secs(60);
 /// Where `tests/setup.sh guest` puts kernel and initramfs.
 const IMAGE_DIR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/guest");
 
+/// Set in the environment of a program that `guest` (src/bin/guest.rs) runs in a guest.
+pub const MARK: &str = "E2E_GUEST";
+
 /// QEMU's side of a vhost-user socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -65,6 +68,9 @@ impl Nic {
         Self { socket: socket.into(), role, mac: mac.into(), queues: 1, mtu: None, properties: Vec::new() }
     }
 }
+
+/// A directory for the guest. What is mounted in it has inode numbers of its own, so they are mapped.
+const HOST_DIR: &str = "local,mount_tag=host,security_model=none,readonly=on,multidevs=remap,path=";
 
 /// What a guest is made of.
 #[derive(Clone, Debug)]
@@ -137,8 +143,7 @@ impl Guest {
             nic.add_to(&mut qemu, index, version);
         }
         if let Some(dir) = &config.host_dir {
-            qemu.arg("-virtfs")
-                .arg(option("local,mount_tag=host,security_model=none,readonly=on,path=", dir));
+            qemu.arg("-virtfs").arg(option(HOST_DIR, dir));
         }
         if let Some(socket) = &config.incoming {
             let mut uri = OsString::from("unix:");

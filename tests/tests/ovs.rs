@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use e2e::daemon::Daemon;
 use e2e::deadline::wait_for_some;
 use e2e::exchange::exchange;
-use e2e::ovs::Ovs;
+use e2e::ovs::{Ovs, datapath_type};
 use e2e::peer::{Peer, PeerConfig};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -128,7 +128,10 @@ fn a_plug_is_one_port_however_often_it_is_asked_for_and_its_unplug_leaves_nothin
     let more = ["--mac", MAC, "--iface-id", "lsp1", "--mtu", "1450"];
     host.plug("vm1", "br0", &more)?;
     assert_eq!(host.ovs.vsctl("list-ports br0")?, "vhd-vm1");
-    assert_eq!(host.ovs.vsctl("get Bridge br0 datapath_type external_ids")?, "netdev\n{vhostd=made}");
+    assert_eq!(
+        host.ovs.vsctl("get Bridge br0 datapath_type external_ids")?,
+        format!("{}\n{{vhostd=made}}", datapath_type())
+    );
     let columns = "get Interface vhd-vm1 type mtu mtu_request external_ids:iface-id external_ids:iface-status \
                    external_ids:attached-mac";
     assert_eq!(host.ovs.vsctl(columns)?, format!("\"\"\n1450\n1450\nlsp1\nactive\n\"{MAC}\""));
@@ -154,6 +157,7 @@ fn guests_of_two_plugs_reach_each_other_through_the_bridge_also_after_every_rest
     host.plug("b", "br0", &[])?;
     let (mut a, mut b) = (host.guest("a")?, host.guest("b")?);
     exchange(&mut a, &mut b)?;
+    assert_eq!(host.ovs.vsctl("get Bridge br0 datapath_type")?, datapath_type());
 
     host.ovs.kill_switch()?;
     host.wait_for("a", "linked", "ovs-vswitchd, which forwards for bridge br0, does not run")?;
