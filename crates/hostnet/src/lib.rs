@@ -1,8 +1,9 @@
-//! The host's side of a network: links, bridges, TAPs and macvtaps, through netlink.
+//! The host's side of a network: links, bridges, TAPs and macvtaps, through netlink; PCI devices, through sysfs.
 //!
 //! Each `ensure_…` says what has to be there. It makes what is missing, touches nothing that is as it should be, and
 //! refuses what belongs to somebody else. Each `remove_…` succeeds if nothing is there. All may be repeated at any
-//! time, after a crash above all: nothing is remembered here, the kernel's own state is the only one.
+//! time, after a crash above all: nothing is remembered here, the kernel's own state is the only one. What a device was
+//! before it is taken (its driver, its name, a virtual function's address) is asked for first, and kept by the caller.
 //!
 //! # Ours and foreign
 //!
@@ -24,6 +25,7 @@ mod error;
 mod link;
 mod macvtap;
 mod netlink;
+mod pci;
 mod tap;
 mod watch;
 
@@ -32,5 +34,8 @@ pub use error::Error;
 pub use link::{Kind, LinkState, TunState};
 pub use macvtap::{MacvtapMode, MacvtapSpec};
 pub use netlink::HostNet;
+pub use pci::{
+    Binding, DRIVER_LIMIT, Function, NotAnAddress, Pci, PciAddress, PciDevice, PciError, Representor,
+};
 pub use tap::{QUEUES_MAX, Tap, TapSpec, tap_mark};
 pub use watch::{LinkEvent, Watch};
