@@ -107,6 +107,12 @@ pub(crate) const fn is_tag(ethertype: u16) -> bool {
     matches!(ethertype, ethertype::VLAN | ethertype::SERVICE_VLAN)
 }
 
+/// Whether what stands for the EtherType, with the payload at `offset`, is a tag that would be looked through if it were there.
+#[inline]
+pub(crate) const fn is_cut_tag(ethertype: u16, offset: usize) -> bool {
+    is_tag(ethertype) && offset < HEADER_LEN + TAGS_MAX * TAG_LEN
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

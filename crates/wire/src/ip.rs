@@ -103,11 +103,7 @@ impl Ip {
         match ethertype {
             ethertype::IPV4 => v4(prefix, l3),
             ethertype::IPV6 => v6(prefix, l3),
-            tag if ethernet::is_tag(tag)
-                && l3 < ethernet::HEADER_LEN + ethernet::TAGS_MAX * ethernet::TAG_LEN =>
-            {
-                Err(prefix.missing(l3 + ethernet::TAG_LEN))
-            }
+            tag if ethernet::is_cut_tag(tag, l3) => Err(prefix.missing(l3 + ethernet::TAG_LEN)),
             _ => Err(IpFault::NotIp),
         }
     }
@@ -203,7 +199,7 @@ impl<'a> Prefix<'a> {
 
     /// Why the bytes up to `end` are not there.
     #[cold]
-    fn missing(&self, end: usize) -> IpFault {
+    pub(crate) fn missing(&self, end: usize) -> IpFault {
         if end > self.frame_len { IpFault::Malformed } else { IpFault::NotInPrefix }
     }
 }

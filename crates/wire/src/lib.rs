@@ -14,7 +14,7 @@
 //! - [`flow`]: the number by which a receive queue is chosen.
 //! - [`vnet`], [`offloads`]: the virtio-net header and the work it leaves to the receiver; [`check`] is the
 //!   one gate through which a guest's header has to pass.
-//! - [`ip`]: where the headers of a frame lie.
+//! - [`ip`]: where the headers of a frame lie; [`claims`]: whom it says that it is from.
 //! - [`checksum`], [`mod@segment`]: doing that work for a receiver that cannot.
 //! - [`arp`], [`rarp`], [`craft`]: making frames.
 #![forbid(unsafe_code)]
@@ -22,6 +22,7 @@
 pub mod arp;
 pub mod check;
 pub mod checksum;
+pub mod claims;
 pub mod craft;
 pub mod ethernet;
 pub mod flow;
@@ -33,6 +34,7 @@ pub mod segment;
 pub mod vnet;
 
 pub use check::HeaderFault;
+pub use claims::Claims;
 pub use ethernet::Ethernet;
 pub use flow::flow_hash;
 pub use ip::{Ip, IpFault};

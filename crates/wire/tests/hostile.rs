@@ -8,7 +8,7 @@ use wire::craft::{self, Craft, Tcp};
 use wire::ethernet::ethertype;
 use wire::ip::Version;
 use wire::vnet::{self, VnetHeader};
-use wire::{Ethernet, Ip, IpFault, Mac, Offloads, arp::Arp, checksum, flow_hash, segment};
+use wire::{Claims, Ethernet, Ip, IpFault, Mac, Offloads, arp::Arp, checksum, flow_hash, segment};
 
 /// Rounds of each test; `WIRE_ROUNDS=10000000` runs them long.
 fn rounds() -> u64 {
@@ -133,6 +133,12 @@ fn offsets_stay_inside_any_frame() {
                 }
                 Err(IpFault::NotInPrefix) => assert!(bytes.len() < len, "round {round}"),
                 Err(IpFault::NotIp | IpFault::Malformed) => {}
+            }
+            // What the first bytes tell is what the whole frame tells.
+            if let Ok(claims) = Claims::of(bytes, len)
+                && len == frame.len()
+            {
+                assert_eq!(Ok(claims), Claims::of(&frame, len), "round {round}");
             }
             flow_hash(bytes);
             Arp::parse(bytes);

@@ -1,7 +1,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use wire::{Ethernet, Ip, Offloads, VnetHeader, checksum, flow_hash, segment};
+use wire::{Claims, Ethernet, Ip, Offloads, VnetHeader, checksum, flow_hash, segment};
 
 fuzz_target!(|bytes: &[u8]| {
     let Some((header, frame)) = bytes.split_first_chunk() else { return };
@@ -13,6 +13,9 @@ fuzz_target!(|bytes: &[u8]| {
     }
     if let Ok(ip) = Ip::parse(prefix, frame.len()) {
         assert!(ip.l3 < ip.l4 && ip.l4 <= ip.end && ip.end <= frame.len());
+    }
+    if let Ok(claims) = Claims::of(prefix, frame.len()) {
+        assert_eq!(Ok(claims), Claims::of(frame, frame.len()));
     }
     // Unchecked headers do no harm either.
     let _ = segment(frame, &header, true, |_, _, _| ());
