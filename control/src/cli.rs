@@ -8,9 +8,11 @@ use std::time::Duration;
 use clap::builder::RangedI64ValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::names::{ExternalId, Mac, Name, SocketPath};
+use crate::names::{ExternalId, IpPrefix, Mac, Name, SocketPath};
 use crate::problem::Problem;
-use crate::spec::{Bridge, MTU_RANGE, Macvtap, Ovs, PlugSpec, QUEUES_RANGE, Role, Socket, Tap, To};
+use crate::spec::{
+    AntiSpoof, Bridge, MTU_RANGE, Macvtap, Ovs, PlugSpec, QUEUES_RANGE, Role, Socket, Tap, To,
+};
 use crate::status::Phase;
 
 /// Where the daemon is reached unless said otherwise.
@@ -189,6 +191,18 @@ pub struct PlugArgs {
     /// The guest's address
     #[arg(long, value_name = "MAC", conflicts_with = "file")]
     pub mac: Option<Mac>,
+    /// Drop what the guest sends from another Ethernet address than --mac, or claims in ARP and neighbour discovery
+    #[arg(long, conflicts_with = "file", requires = "mac")]
+    pub anti_spoof: bool,
+    /// The same for IP addresses: the guest has these, or of these networks, and no others
+    #[arg(
+        long,
+        value_name = "ADDRESS[/BITS],...",
+        conflicts_with = "file",
+        requires = "mac",
+        value_delimiter = ','
+    )]
+    pub address: Vec<IpPrefix>,
     /// Largest payload of an Ethernet frame, bytes [default: 1500]
     #[arg(long, value_name = "BYTES", conflicts_with = "file", value_parser = within(&MTU_RANGE))]
     pub mtu: Option<u16>,
@@ -262,6 +276,8 @@ impl PlugArgs {
             mac: self.mac,
             mtu: self.mtu,
             queues: self.queues,
+            anti_spoof: (self.anti_spoof || !self.address.is_empty())
+                .then(|| AntiSpoof { addresses: self.address.clone() }),
         })
     }
 }

@@ -4,6 +4,7 @@
 //! and the command line by the same `FromStr`, and its error says what was given and what is possible.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::path::Path;
 use std::str::FromStr;
 
@@ -37,6 +38,9 @@ pub enum NameError {
     /// Not a station's address.
     #[error("{0:?} is not a unicast MAC address such as 52:54:00:12:34:56")]
     Mac(String),
+    /// Neither an address nor a network.
+    #[error("{0:?} is neither an IP address nor a network such as 192.0.2.0/24")]
+    IpPrefix(String),
     /// Not a usable socket path.
     #[error("{path:?} is not a socket path: {why}")]
     Path {
@@ -216,6 +220,74 @@ impl fmt::Display for Mac {
     }
 }
 
+/// An IP address, or a network of them, whose host bits are not looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct IpPrefix {
+    address: IpAddr,
+    bits: u8,
+}
+
+impl IpPrefix {
+    /// The address as given.
+    pub fn address(self) -> IpAddr {
+        self.address
+    }
+
+    /// Length of the prefix, 0..=32 or 0..=128 bits.
+    pub fn bits(self) -> u8 {
+        self.bits
+    }
+}
+
+impl From<IpAddr> for IpPrefix {
+    fn from(address: IpAddr) -> Self {
+        Self { address, bits: bits_of(address) }
+    }
+}
+
+fn bits_of(address: IpAddr) -> u8 {
+    if address.is_ipv4() { 32 } else { 128 }
+}
+
+impl FromStr for IpPrefix {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let bad = || NameError::IpPrefix(excerpt(text));
+        let (address, bits) =
+            text.split_once('/').map_or((text, None), |(address, bits)| (address, Some(bits)));
+        let address: IpAddr = address.parse().map_err(|_| bad())?;
+        let Some(bits) = bits else { return Ok(address.into()) };
+        let digits = (1..=3).contains(&bits.len()) && bits.bytes().all(|b| b.is_ascii_digit());
+        let bits = bits.parse().ok().filter(|bits| digits && *bits <= bits_of(address)).ok_or_else(bad)?;
+        Ok(Self { address, bits })
+    }
+}
+
+impl TryFrom<String> for IpPrefix {
+    type Error = NameError;
+    fn try_from(text: String) -> Result<Self, NameError> {
+        text.parse()
+    }
+}
+
+impl From<IpPrefix> for String {
+    fn from(prefix: IpPrefix) -> Self {
+        prefix.to_string()
+    }
+}
+
+impl fmt::Display for IpPrefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { address, bits } = self;
+        if *bits == bits_of(*address) {
+            return address.fmt(f);
+        }
+        f.pad(&format!("{address}/{bits}"))
+    }
+}
+
 /// Six bytes as `52:54:00:12:34:56`; also for addresses that no station may have.
 pub fn mac_text(bytes: [u8; 6]) -> String {
     bytes.map(|b| format!("{b:02x}")).join(":")
@@ -302,6 +374,26 @@ mod tests {
         ];
         for bad in bad {
             assert!(bad.parse::<Mac>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn addresses_and_networks_are_written_as_usual() {
+        for text in ["192.0.2.7", "192.0.2.0/24", "0.0.0.0/0", "2001:db8::1", "2001:db8::/32"] {
+            assert_eq!(text.parse::<IpPrefix>().unwrap().to_string(), text);
+        }
+        assert_eq!("192.0.2.7/32".parse::<IpPrefix>().unwrap(), "192.0.2.7".parse().unwrap());
+        for bad in [
+            "",
+            "192.0.2",
+            "192.0.2.7/33",
+            "2001:db8::1/129",
+            "192.0.2.7/",
+            "192.0.2.7/+1",
+            "192.0.2.7/0001",
+            "a/8",
+        ] {
+            assert!(bad.parse::<IpPrefix>().is_err(), "{bad:?}");
         }
     }
 

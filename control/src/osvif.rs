@@ -12,8 +12,9 @@
 //! VIFDirect, no profile            a macvtap on vlan_name, or on the interface of PCI device dev_address, is the guest's card
 //! ```
 //!
-//! os-vif's `mode` is the VMM's side of the socket: `client` means that we listen. `plugin`, `active`,
-//! `preserve_on_delete` and `has_traffic_filtering` say nothing about forwarding frames and are not looked at.
+//! os-vif's `mode` is the VMM's side of the socket: `client` means that we listen. A guest behind a socket whose
+//! `has_traffic_filtering` is false may send from its addresses in the network's subnets only, if there are any. `plugin`,
+//! `active` and `preserve_on_delete` say nothing about forwarding frames and are not looked at.
 
 mod direct;
 mod open_vswitch;
@@ -26,9 +27,9 @@ use std::str::FromStr;
 
 use vif::{Field, Network, Vif, VifKind};
 
-use crate::names::Name;
+use crate::names::{IpPrefix, Name};
 use crate::problem::{Kind, Problem};
-use crate::spec::{PlugSpec, Tap, To};
+use crate::spec::{AntiSpoof, PlugSpec, Tap, To};
 
 const SUPPORTED: &str = "supported are VIFVHostUser without port profile and with VIFPortProfileFPTap, \
                          VIFPortProfileFPBridge, VIFPortProfileFPOpenVSwitch (not hybrid) or \
@@ -54,7 +55,19 @@ pub fn plug_of(asked: &vif::Plug) -> Result<(Name, PlugSpec), Problem> {
         VifKind::Direct(card) => spec.to = Some(To::Macvtap(direct::macvtap(vif, card)?)),
         _ => return Err(unsupported(&format!("a VIF of class {}", vif.class))),
     }
+    if spec.socket.is_some() && spec.mac.is_some() && vif.has_traffic_filtering.value() == Some(&false) {
+        spec.anti_spoof = network.and_then(anti_spoof_of);
+    }
     Ok((id, spec))
+}
+
+/// Nobody else filters what the guest sends, so we do as far as its addresses are known.
+fn anti_spoof_of(network: &Network) -> Option<AntiSpoof> {
+    let subnets = network.subnets.value().into_iter().flatten();
+    let fixed = subnets.flat_map(|subnet| subnet.ips.value().into_iter().flatten());
+    let addresses: Vec<_> =
+        fixed.filter_map(|ip| ip.address.value()).map(|address| IpPrefix::from(*address)).collect();
+    (!addresses.is_empty()).then_some(AntiSpoof { addresses })
 }
 
 /// The plug's id is the VIF's.

@@ -12,6 +12,7 @@
 //! [`PlugSpec::completed`] fills in what was left out, so that two ways of asking for the same thing compare equal and
 //! a record says everything that unplug needs.
 
+mod anti_spoof;
 mod bridge;
 mod macvtap;
 mod ovs;
@@ -21,6 +22,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
+use self::anti_spoof::ADDRESSES_MAX;
+pub use self::anti_spoof::AntiSpoof;
 pub use self::bridge::Bridge;
 pub use self::macvtap::{Macvtap, MacvtapMode};
 pub use self::ovs::{DatapathType, KernelGuest, Ovs};
@@ -61,6 +64,9 @@ pub struct PlugSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 128)]
     pub queues: Option<u16>,
+    /// Whether the guest may say that it is somebody else; it may, if left out. Needs `mac`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub anti_spoof: Option<AntiSpoof>,
 }
 
 /// A vhost-user socket.
@@ -142,6 +148,15 @@ pub enum SpecError {
         /// Largest possible.
         max: u16,
     },
+    /// Nothing of what the guest sends is ours to judge.
+    #[error("anti_spoof is for a guest on a vhost-user socket: this plug has none")]
+    PolicyWithoutGuest,
+    /// Nobody is known who it may be.
+    #[error("anti_spoof needs the guest's address: give mac")]
+    PolicyWithoutMac,
+    /// More than are asked for.
+    #[error("anti_spoof has {0} addresses, at most 64 are possible: give networks instead")]
+    Addresses(usize),
     /// A guest has one card.
     #[error("the TAP is the guest's card (spec.to.guest): leave out the socket")]
     TwoCards,
@@ -155,6 +170,8 @@ impl SpecError {
             Self::NetworkOfItsOwn(_) => Some("spec.network"),
             Self::MacWithoutGuest(_) => Some("spec.mac"),
             Self::Bounds { field, .. } => Some(field),
+            Self::PolicyWithoutGuest | Self::PolicyWithoutMac => Some("spec.anti_spoof"),
+            Self::Addresses(_) => Some("spec.anti_spoof.addresses"),
             Self::TwoCards => Some("spec.socket"),
         }
     }
@@ -179,6 +196,7 @@ impl PlugSpec {
         if let (false, Some(mac)) = (self.has_guest(), self.mac) {
             return Err(SpecError::MacWithoutGuest(mac));
         }
+        self.check_anti_spoof()?;
         bounded("spec.mtu", *self.mtu.get_or_insert(MTU_DEFAULT), MTU_RANGE)?;
         if let Some(queues) = self.queues {
             bounded("spec.queues", queues, QUEUES_RANGE)?;
@@ -191,6 +209,23 @@ impl PlugSpec {
         };
         tap.get_or_insert_with(|| tap_name(id));
         Ok(self)
+    }
+
+    fn check_anti_spoof(&self) -> Result<(), SpecError> {
+        match &self.anti_spoof {
+            None => Ok(()),
+            Some(_) if self.socket.is_none() || self.is_front_end() => Err(SpecError::PolicyWithoutGuest),
+            Some(_) if self.mac.is_none() => Err(SpecError::PolicyWithoutMac),
+            Some(AntiSpoof { addresses }) if addresses.len() > ADDRESSES_MAX => {
+                Err(SpecError::Addresses(addresses.len()))
+            }
+            Some(_) => Ok(()),
+        }
+    }
+
+    /// What the dataplane asks of frames from the guest.
+    pub fn policy(&self) -> Option<dataplane::Policy> {
+        Some(self.anti_spoof.as_ref()?.policy(self.mac?))
     }
 
     /// The network's name inside the dataplane. `:` is in no name that people can give.
@@ -413,6 +448,21 @@ mod tests {
         let with_mac = front(json!({"mac": "52:54:00:00:00:01"}));
         assert!(matches!(refused(with_mac), SpecError::MacWithoutGuest(_)));
         assert_eq!(refused(front(json!({"queues": 129}))).field(), Some("spec.queues"));
+        let policy = json!({"addresses": ["192.0.2.7"]});
+        assert!(matches!(refused(front(json!({"anti_spoof": policy}))), SpecError::PolicyWithoutGuest));
+        assert!(matches!(
+            refused(json!({"to": uplink, "anti_spoof": policy})),
+            SpecError::PolicyWithoutGuest
+        ));
+        let guest =
+            |policy: &Value| json!({"socket": listen(), "mac": "52:54:00:00:00:01", "anti_spoof": policy});
+        assert!(spec(guest(&policy)).completed(&name("vm1")).unwrap().policy().is_some());
+        let many = json!({"addresses": vec!["192.0.2.7"; 65]});
+        assert_eq!(refused(guest(&many)).field(), Some("spec.anti_spoof.addresses"));
+        assert!(matches!(
+            refused(json!({"socket": listen(), "anti_spoof": {}})),
+            SpecError::PolicyWithoutMac
+        ));
         for (field, value) in [("mtu", 67), ("mtu", 9217), ("queues", 0), ("queues", 129)] {
             let error = refused(json!({"socket": listen(), field: value}));
             assert_eq!(error.field(), Some(format!("spec.{field}").as_str()));

@@ -72,6 +72,45 @@ fn two_guests_talk_and_it_is_counted() {
 }
 
 #[test]
+fn a_guest_with_addresses_is_nobody_else() {
+    let place = Place::default();
+    let _daemon = place.serve();
+    let sockets = ["a", "b"].map(|name| place.path(name).display().to_string());
+    let own = ["--mac", "52:54:00:00:00:01", "--address", "192.0.2.7,2001:db8::/64"];
+    place.vhostd(&[&["plug", "a", "--listen", &sockets[0]][..], &own].concat()).ok();
+    place.vhostd(&["plug", "b", "--listen", &sockets[1]]).ok();
+    let [mut a, mut b] =
+        ["a", "b"].map(|name| LightGuest::connect(place.path(name), &LightConfig::default()).unwrap());
+    b.offer_all();
+    place.until("both forward", || ["a", "b"].iter().all(|name| place.phase(name) == "forwarding"));
+    let datagram = |source: u8, last: u8| {
+        let mut frame = frame(2, source);
+        frame[12..16].copy_from_slice(&[0x08, 0x00, 0x45, 0]);
+        frame[26..30].copy_from_slice(&[192, 0, 2, last]);
+        frame
+    };
+    for spoofed in [datagram(3, 7), datagram(1, 8)] {
+        assert!(a.send(0, &[0; HEADER_LEN], &spoofed));
+    }
+    assert_eq!(
+        send_until_received(&mut a, &mut b, &datagram(1, 7)),
+        datagram(1, 7),
+        "the others came before it"
+    );
+    place.until("the drops are told", || {
+        let drops = place.vhostd(&["drops", "-o", "json"]).ok().json();
+        let told = |reason: &str| {
+            drops
+                .as_array()
+                .unwrap()
+                .iter()
+                .any(|d| d["reason"] == reason && d["port"] == "a" && d["who"] == "policy")
+        };
+        told("spoofed_mac") && told("spoofed_address")
+    });
+}
+
+#[test]
 fn a_wait_ends_when_the_front_end_comes() {
     let place = Place::default();
     let _daemon = place.serve();

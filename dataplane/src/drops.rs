@@ -75,6 +75,10 @@ reasons! {
     GuestTxRingDisabled "guest_tx_ring_disabled" Guest "The front end disabled this queue; frames already in it are drained.";
     /// Source address is a group address or zero.
     BadSource "bad_source" Guest "The guest sends from an address that no station can have.";
+    /// A guest with a policy sent from an Ethernet address, or claimed one, that is not its own.
+    SpoofedMac "spoofed_mac" Policy "The guest uses another Ethernet address than its plug says: change either, or plug without anti-spoofing.";
+    /// A guest with a policy claimed an IP address that is not its own.
+    SpoofedAddress "spoofed_address" Policy "The guest uses an IP address that its plug does not list: add it (--address), or plug without anti-spoofing.";
     /// Destined to 01:80:c2:00:00:0x, which no bridge forwards (IEEE 802.1Q, 8.6.3).
     LinkLocal "link_local" Policy "Link-local group addresses (STP, LLDP, LACP) end at the port.";
     /// Destination is behind the port it came from.

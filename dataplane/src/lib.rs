@@ -5,7 +5,7 @@
 //! 1. `worker`: a thread polls its sources, a burst from each a turn;
 //! 2. `vring::TxRing::dequeue`: descriptors are fetched and checked, first bytes copied to private memory (a TAP's frames
 //!    are read by `tap`);
-//! 3. `switch`: every frame is classified on its private bytes: header, addresses, `fdb`;
+//! 3. `switch`: every frame is classified on its private bytes: the sender's `policy`, header, addresses, `fdb`;
 //! 4. `deliver`: the frames for one destination go into its RX ring or TAP, payload straight from guest to guest;
 //! 5. back in the worker: the chains are returned to the sender, who is called if it wants that.
 //!
@@ -28,6 +28,7 @@ mod guest;
 pub mod light;
 mod placement;
 mod plane;
+mod policy;
 mod port;
 mod report;
 mod spec;
@@ -38,6 +39,7 @@ mod worker;
 pub use drops::{DropReason, Who};
 pub use placement::{Move, Sample, propose};
 pub use plane::{Dataplane, Error};
+pub use policy::Policy;
 pub use report::{
     Counters, Event, EventKind, FdbEntry, PortId, PortKind, PortReport, RingReport, WorkerReport,
 };

@@ -314,8 +314,8 @@ impl Dataplane {
             (first..).zip(queues).for_each(|(n, worker)| worker.store(n % workers, Ordering::Relaxed));
         };
         match link {
-            Link::VhostUser { endpoint, mac, queue_pairs } => {
-                let guest = Guest::new(mac, queue_pairs);
+            Link::VhostUser { endpoint, mac, queue_pairs, policy } => {
+                let guest = Guest::new(mac, queue_pairs, policy);
                 deal(&mut guest.pairs.iter().map(|pair| &pair.tx.worker));
                 Ok((PortLink::Guest(guest), Some(endpoint)))
             }
@@ -668,7 +668,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for name in ["a", "b"] {
             let endpoint = Endpoint::listen(dir.path().join(name));
-            let link = Link::VhostUser { endpoint, mac: None, queue_pairs: 1 };
+            let link = Link::VhostUser { endpoint, mac: None, queue_pairs: 1, policy: None };
             plane.add_port(PortSpec { name: name.into(), network: "net".into(), mtu: 1500, link }).unwrap();
         }
         let ports: Vec<_> = plane.state().ports.values().map(|entry| Arc::downgrade(&entry.port)).collect();

@@ -19,6 +19,7 @@ use vring::{RingFault, RxRing, TxRing};
 use wire::Offloads;
 
 use crate::counters::RingCounters;
+use crate::policy::Policy;
 use crate::report::PortId;
 use crate::switch::Network;
 use crate::worker::{Command, WorkerShared, key};
@@ -52,6 +53,8 @@ pub(crate) enum PortLink {
 /// A guest's rings.
 pub(crate) struct Guest {
     pub(crate) mac: Option<[u8; 6]>,
+    /// What it may say that it is.
+    pub(crate) policy: Option<Policy>,
     /// RX ring and TX ring of each queue pair.
     pub(crate) pairs: Box<[QueuePair]>,
     /// What the guest accepts on its RX rings, and may ask for on its TX rings.
@@ -233,9 +236,10 @@ impl<R: Source> RingSlot<R> {
 }
 
 impl Guest {
-    pub(crate) fn new(mac: Option<[u8; 6]>, queue_pairs: u16) -> Self {
+    pub(crate) fn new(mac: Option<[u8; 6]>, queue_pairs: u16, policy: Option<Policy>) -> Self {
         Self {
             mac,
+            policy,
             pairs: (0..queue_pairs).map(|_| QueuePair::default()).collect(),
             agreed: Agreed::default(),
             rx_active: (0..queue_pairs).map(|_| AtomicU8::new(0)).collect(),

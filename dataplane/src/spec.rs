@@ -5,6 +5,7 @@ use std::time::Duration;
 use sys::tap::TapQueue;
 use vhost_user::Endpoint;
 
+use crate::policy::Policy;
 use crate::report::Event;
 
 /// How workers wait for frames.
@@ -55,6 +56,8 @@ pub enum Link {
         mac: Option<[u8; 6]>,
         /// Queue pairs that may be used, 1..=128.
         queue_pairs: u16,
+        /// What it may say that it is; anything, if left out.
+        policy: Option<Policy>,
     },
     /// A back end on a vhost-user socket, whose front end we are: another switch, which takes us for a guest.
     FrontEnd {

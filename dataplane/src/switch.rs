@@ -4,7 +4,7 @@
 //! bytes), then, for each destination, collect the frames that go there and deliver them at one go. Frames to one
 //! destination keep their order, so a flow keeps its order. Flooding is a frame with every destination but its own.
 //!
-//! Between classify and collect is the place for a policy stage, which is empty today.
+//! A guest's [`Policy`], if it has one, is asked first, frame by frame.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -16,6 +16,7 @@ use crate::counters::RingCounters;
 use crate::deliver::Deliverer;
 use crate::drops::DropReason;
 use crate::fdb::{Fdb, PORTS_MAX};
+use crate::policy::Policy;
 use crate::port::Port;
 
 /// Ports of a network by slot. A snapshot: changed by replacing it.
@@ -163,6 +164,7 @@ fn flood(ingress: &Ingress<'_>, burst: &Burst<'_>, class: &Classifier<'_, '_>, d
 /// went, and no more is asked. Sets of frames are words with a bit a frame.
 struct Classifier<'a, 'b> {
     ingress: &'a Ingress<'b>,
+    policy: Option<&'a Policy>,
     frame_max: u32,
     last_src: Mac,
     last_dst: Mac,
@@ -183,6 +185,7 @@ impl<'a, 'b> Classifier<'a, 'b> {
     fn new(ingress: &'a Ingress<'b>) -> Self {
         Self {
             ingress,
+            policy: ingress.port.guest().and_then(|guest| guest.policy.as_ref()),
             frame_max: ingress.port.frame_max(),
             last_src: Mac::ZERO,
             // An address that is nobody's: a frame to it is flooded, as the initial `last_to` says.
@@ -214,6 +217,7 @@ impl<'a, 'b> Classifier<'a, 'b> {
             let len = burst.frame_len(index);
             match self.destination(burst, index, len) {
                 Ok((to, plain)) => {
+                    let plain = plain && self.policy.is_none();
                     let (same, bytes) = if plain { self.like(burst, index, left) } else { (1 << index, 0) };
                     self.bytes += u64::from(len) + bytes;
                     self.send(to, same);
@@ -279,6 +283,9 @@ impl<'a, 'b> Classifier<'a, 'b> {
         index: usize,
         len: u32,
     ) -> Result<(To, bool), DropReason> {
+        if let Some(policy) = self.policy {
+            policy.check(burst.prefix(index), len as usize)?;
+        }
         let kind = self.check_header(burst, index)?;
         if kind != Kind::Gso {
             if len > self.frame_max {

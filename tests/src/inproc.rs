@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use dataplane::{
-    Config, Counters, Dataplane, DropReason, Event, EventKind, Link, Poll, PortId, PortReport, PortSpec,
+    Config, Counters, Dataplane, DropReason, Event, EventKind, Link, Policy, Poll, PortId, PortReport,
+    PortSpec,
 };
 use tempfile::TempDir;
 use vhost_user::Endpoint;
@@ -70,12 +71,14 @@ pub struct PortPlan<'a> {
     pub queue_pairs: u16,
     /// The guest's address, if the port knows it.
     pub mac: Option<[u8; 6]>,
+    /// What the guest may say that it is.
+    pub policy: Option<&'a Policy>,
 }
 
 impl<'a> PortPlan<'a> {
     /// A port as most are.
     pub fn new(name: &'a str, network: &'a str) -> Self {
-        Self { name, network, mtu: 1500, queue_pairs: 4, mac: None }
+        Self { name, network, mtu: 1500, queue_pairs: 4, mac: None, policy: None }
     }
 }
 
@@ -133,7 +136,8 @@ impl Plane {
     /// Adds a port that listens.
     pub fn add(&self, plan: PortPlan<'_>) -> Result<PortId> {
         let endpoint = Endpoint::listen(self.path(plan.name));
-        let link = Link::VhostUser { endpoint, mac: plan.mac, queue_pairs: plan.queue_pairs };
+        let PortPlan { mac, queue_pairs, policy, .. } = plan;
+        let link = Link::VhostUser { endpoint, mac, queue_pairs, policy: policy.cloned() };
         let (name, network) = (plan.name.into(), plan.network.into());
         Ok(self.dataplane.add_port(PortSpec { name, network, mtu: plan.mtu, link })?)
     }

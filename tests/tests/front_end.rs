@@ -81,7 +81,8 @@ fn across(front_listens: bool) -> Result<()> {
     let (front, back);
     if front_listens {
         front = front_end(&plane, "right", Endpoint::listen(&path))?;
-        let link = Link::VhostUser { endpoint: Endpoint::connect(&path), mac: None, queue_pairs: 1 };
+        let link =
+            Link::VhostUser { endpoint: Endpoint::connect(&path), mac: None, queue_pairs: 1, policy: None };
         let spec = PortSpec { name: "cable".into(), network: "left".into(), mtu: MTU, link };
         back = plane.dataplane().add_port(spec)?;
     } else {

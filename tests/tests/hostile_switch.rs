@@ -7,14 +7,16 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use dataplane::DropReason::{
     BadSource, GuestRxRingDisabled, GuestTxRingDisabled, Hairpin, LinkLocal, MtuExceeded, NoDestination,
+    SpoofedAddress, SpoofedMac,
 };
-use dataplane::{Poll, PortId};
+use dataplane::{Policy, Poll, PortId};
 use e2e::canary::Canary;
 use e2e::inproc::{FDB_MAX, Ledger, Plane, PortPlan, SOON, count, until};
 use e2e::oracle::split_mix;
 use e2e::peer::{MERGEABLE, Peer, PeerConfig};
 use e2e::stage::{MTU, frame, plain};
 use wire::Mac;
+use wire::arp::Arp;
 use wire::craft::Craft;
 
 const BROADCAST: [u8; 6] = [0xff; 6];
@@ -45,11 +47,16 @@ impl Net {
         let mut net = Self { canary, plane, ids: Vec::new(), peers: Vec::new(), books: Vec::new() };
         for n in 0..guests {
             let name = format!("guest-{n}");
-            net.ids.push(net.plane.add(PortPlan { mtu, ..PortPlan::new(&name, "switch") })?);
-            net.peers.push(net.plane.guest(&name, config)?);
-            net.books.push(Ledger::default());
+            net.join(PortPlan { mtu, ..PortPlan::new(&name, "switch") }, config)?;
         }
         Ok(net)
+    }
+
+    fn join(&mut self, plan: PortPlan<'_>, config: PeerConfig) -> Result<()> {
+        self.ids.push(self.plane.add(plan)?);
+        self.peers.push(self.plane.guest(plan.name, config)?);
+        self.books.push(Ledger::default());
+        Ok(())
     }
 
     /// Guest `from` sends `frame`, on queue 0.
@@ -170,6 +177,49 @@ fn sources_that_no_station_can_have_are_dropped() -> Result<()> {
     }
     let learned: Vec<_> = net.plane.dataplane().fdb().into_iter().filter(|e| e.network == "switch").collect();
     ensure!(learned.len() == 1 && learned[0].mac == mac(0), "{learned:?}");
+    net.finish()
+}
+
+/// In one burst with its own frames, before and behind them: its neighbours see those alone, and learn nothing false.
+#[test]
+fn a_guest_with_a_policy_is_nobody_else() -> Result<()> {
+    let policy = Policy::new(mac(0), [([10, 0, 0, 1].into(), 32)]);
+    let mut net = Net::new(0)?;
+    net.join(
+        PortPlan { mtu: MTU, policy: Some(&policy), ..PortPlan::new("guest-0", "switch") },
+        PeerConfig::default(),
+    )?;
+    net.join(PortPlan { mtu: MTU, ..PortPlan::new("guest-1", "switch") }, PeerConfig::default())?;
+    let craft = |from: usize, last: u8| {
+        Craft::v4(Mac::new(mac(from)), Mac::BROADCAST, [10, 0, 0, last].into(), [10, 0, 0, 9].into())
+    };
+    let own = craft(0, 1).udp(1, 2, b"own");
+    let stolen = Arp::request(Mac::new(mac(0)), [10, 0, 0, 2], [10, 0, 0, 9]).frame(Mac::BROADCAST);
+    let tagged = craft(0, 2).tag(0x8100, 5).udp(1, 2, b"");
+    for (spoofed, reason) in [
+        (craft(1, 1).udp(1, 2, b""), SpoofedMac),
+        (craft(0, 2).udp(1, 2, b""), SpoofedAddress),
+        (tagged, SpoofedAddress),
+        (stolen.to_vec(), SpoofedAddress),
+    ] {
+        for sent in [&own, &spoofed, &spoofed, &own] {
+            ensure!(net.peers[0].send(0, &plain(), &[sent]));
+        }
+        net.peers[0].flush(0);
+        let peer = &mut net.peers[0];
+        until("the burst", || peer.unused(0) == 0)?;
+        net.books[0].rx += 4;
+        net.books[0] = std::mem::take(&mut net.books[0]).drops(reason, 2);
+        for _ in 0..2 {
+            ensure!(net.peers[1].expect(0)?.1 == own, "{reason:?}");
+            net.books[1].tx += 1;
+        }
+        ensure!(net.peers[1].receive(0).is_none(), "{reason:?}");
+        net.settle().with_context(|| format!("{reason:?}"))?;
+    }
+    let learned: Vec<_> = net.plane.dataplane().fdb().into_iter().filter(|e| e.network == "switch").collect();
+    ensure!(learned.len() == 1 && learned[0].mac == mac(0), "{learned:?}");
+    net.reaches(1, &craft(7, 7).udp(1, 2, b"its neighbour has no policy"), &[0])?;
     net.finish()
 }
 

@@ -65,7 +65,7 @@ fn cable_end(dir: &Path, end: usize) -> Result<()> {
 }
 
 fn served(socket: PathBuf) -> Link {
-    Link::VhostUser { endpoint: Endpoint::listen(socket), mac: None, queue_pairs: 1 }
+    Link::VhostUser { endpoint: Endpoint::listen(socket), mac: None, queue_pairs: 1, policy: None }
 }
 
 fn opened(tap: &str) -> Result<Link> {

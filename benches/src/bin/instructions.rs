@@ -222,7 +222,7 @@ fn forward_bursts() -> Result<u64> {
     for name in ["a", "b"] {
         sockets.push(dir.path().join(name));
         let endpoint = vhost_user::Endpoint::listen(dir.path().join(name));
-        let link = Link::VhostUser { endpoint, mac: None, queue_pairs: 1 };
+        let link = Link::VhostUser { endpoint, mac: None, queue_pairs: 1, policy: None };
         plane.add_port(PortSpec { name: name.into(), network: "bench".into(), mtu: 1500, link })?;
     }
     let mut guests = Guests::connect(&sockets, &LightConfig::default(), &Traffic::of(FRAME as usize))?;

@@ -37,6 +37,29 @@ fn without_a_profile_it_is_a_port_of_its_network() {
 }
 
 #[test]
+fn addresses_of_an_unfiltered_guest_are_its_only_ones() {
+    let list = |class: &str, objects: Vec<Value>| envelope(class, "1.0", json!({"objects": objects}));
+    let fixed = |address: &str| {
+        envelope("FixedIP", "1.0", json!({"address": address, "floating_ips": ["203.0.113.1"]}))
+    };
+    let subnet = |ips: Vec<Value>| {
+        envelope("Subnet", "1.0", json!({"cidr": "10.0.0.0/24", "ips": list("FixedIPList", ips)}))
+    };
+    let subnets = |subnets| envelope("Network", "1.1", json!({"subnets": list("SubnetList", subnets)}));
+    let anti_spoof = |filtered: bool, network: &Value, address: Value| {
+        let more = json!({"has_traffic_filtering": filtered, "address": address, "network": network});
+        plug(&vif(more)).unwrap()["anti_spoof"].clone()
+    };
+    let two =
+        subnets(vec![subnet(vec![fixed("10.0.0.7")]), subnet(vec![fixed("2001:db8::7")]), subnet(vec![])]);
+    let mac = json!("22:52:25:62:e2:aa");
+    assert_eq!(anti_spoof(false, &two, mac.clone()), json!({"addresses": ["10.0.0.7", "2001:db8::7"]}));
+    assert_eq!(anti_spoof(true, &two, mac.clone()), Value::Null);
+    assert_eq!(anti_spoof(false, &two, Value::Null), Value::Null);
+    assert_eq!(anti_spoof(false, &subnets(vec![]), mac), Value::Null);
+}
+
+#[test]
 fn what_producers_leave_out_is_done_without() {
     let socket = json!({"role": "listen", "path": "/run/vm.sock"});
     let bare = envelope("Network", "1.0", json!({}));

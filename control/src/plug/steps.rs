@@ -230,7 +230,7 @@ impl Steps {
                 Link::FrontEnd { endpoint, queue_pairs: spec.front_end_queues() }
             } else {
                 let (mac, queue_pairs) = (spec.mac.map(|mac| mac.0), spec.guest_queues());
-                Link::VhostUser { endpoint, mac, queue_pairs }
+                Link::VhostUser { endpoint, mac, queue_pairs, policy: spec.policy() }
             };
             ports.push(self.add_port(PortSpec { name: id.to_string(), network, mtu, link }).await?);
         }

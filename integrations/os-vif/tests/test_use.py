@@ -17,6 +17,7 @@ import os_vif
 from bench import DaemonCase, as_nobody, instance
 from os_vif import exception as vif_exc
 from os_vif.objects import fields
+from os_vif.objects import fixed_ip as os_fixed_ip
 from os_vif.objects import instance_info as os_instance_info
 from os_vif.objects import network as os_network
 from os_vif.objects import subnet as os_subnet
@@ -95,6 +96,21 @@ class Plugging(DaemonCase):
         os_vif.plug(vif, instance())
         self.assertIn("tap0", self.daemon.links())
         os_vif.unplug(vif, instance())
+
+    def test_a_guest_that_nobody_filters_is_held_to_its_addresses(self):
+        ips = os_fixed_ip.FixedIPList(objects=[os_fixed_ip.FixedIP(address="192.0.2.7")])
+        subnets = os_subnet.SubnetList(objects=[os_subnet.Subnet(cidr="192.0.2.0/24", ips=ips)])
+        network = os_network.Network(subnets=subnets)
+        for anti_spoof, filtered, expected in (
+            (True, False, {"addresses": ["192.0.2.7"]}),
+            (True, True, None),
+            (False, False, None),
+        ):
+            self.configure(anti_spoof=anti_spoof)
+            vif = self.vif(network=network, address="52:54:00:00:00:07", has_traffic_filtering=filtered)
+            os_vif.plug(vif, instance())
+            self.assertEqual(self.daemon.plugs()[vif.id]["spec"].get("anti_spoof"), expected)
+            os_vif.unplug(vif, instance())
 
     def test_a_conflict_names_the_field_and_the_way_out(self):
         vif = self.vif()
@@ -213,6 +229,6 @@ class Registration(unittest.TestCase):
             file.flush()
             command = [sys.executable, "-W", "ignore", "-c", script, file.name]
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        defaults = {"api_socket": "/run/vhostd/api.sock", "timeout": 30, "wait": "attached"}
+        defaults = {"api_socket": "/run/vhostd/api.sock", "timeout": 30, "wait": "attached", "anti_spoof": True}
         read = [json.loads(line) for line in printed.splitlines()]
         self.assertEqual(read, [defaults, defaults | {"api_socket": "/a/b", "timeout": 2.5}])

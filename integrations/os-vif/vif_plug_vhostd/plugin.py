@@ -55,6 +55,13 @@ class VhostUserPlugin(plugin.PluginBase):
             help="What must be true before a plug has succeeded. nova plugs before it starts the guest, so that it can "
             "wait for the first only.",
         ),
+        cfg.BoolOpt(
+            "anti_spoof",
+            default=True,
+            help="Whether a guest whose VIF says that nobody filters its frames (has_traffic_filtering) is held to the MAC "
+            "and IP addresses that the VIF says are its own. Switch it off where guests share addresses (VRRP, allowed "
+            "address pairs).",
+        ),
     ]
 
     def describe(self) -> objects.host_info.HostPluginInfo:
@@ -84,6 +91,8 @@ class VhostUserPlugin(plugin.PluginBase):
 
     def _post(self, resource: str, query: dict[str, str], *both: Any) -> None:
         vif, instance_info = (object.obj_to_primitive() for object in both)
+        if not self.config.anti_spoof:
+            vif["versioned_object.data"]["has_traffic_filtering"] = True
         client = Client(self.config.api_socket, self.config.timeout)
         client.post(resource, query, {"vif": vif, "instance_info": instance_info})
 
