@@ -151,6 +151,30 @@ pub enum Error {
         /// Its MTU.
         most: u32,
     },
+    /// The host needs the interface itself.
+    #[error("interface {name} is used by the host: {uses}; end that first, or ask for it nevertheless")]
+    InUse {
+        /// The interface.
+        name: String,
+        /// For what.
+        uses: String,
+    },
+    /// Another interface has the name.
+    #[error("interface {name} cannot be called {to}: that is another one's name, rename or remove it first")]
+    NameTaken {
+        /// The interface.
+        name: String,
+        /// The name that it was to get.
+        to: String,
+    },
+    /// The interface's device has no such virtual function.
+    #[error("interface {name} has no virtual function {number}: see sriov_numvfs of its device")]
+    NoFunction {
+        /// The physical function's interface.
+        name: String,
+        /// The number asked for.
+        number: u32,
+    },
     /// The TAP is a port of something else.
     #[error("{name} cannot join bridge {bridge}: it is a port of {master}, take it out there first")]
     Enslaved {

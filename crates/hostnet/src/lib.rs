@@ -22,6 +22,8 @@
 
 mod bridge;
 mod error;
+mod function;
+mod interface;
 mod link;
 mod macvtap;
 mod netlink;
@@ -31,6 +33,8 @@ mod watch;
 
 pub use bridge::{BRIDGE_MARK, Bridge};
 pub use error::Error;
+pub use function::FunctionState;
+pub use interface::Use;
 pub use link::{Kind, LinkState, TunState};
 pub use macvtap::{MacvtapMode, MacvtapSpec};
 pub use netlink::HostNet;

@@ -39,6 +39,10 @@ impl HostNet {
         Ok(Self { handle, connection: tokio::spawn(connection) })
     }
 
+    pub(crate) fn handle(&self) -> &Handle {
+        &self.handle
+    }
+
     pub(crate) fn links(&self) -> LinkHandle {
         self.handle.link()
     }
@@ -99,7 +103,8 @@ impl HostNet {
     }
 }
 
-async fn answer<T>(
+/// Waits for the kernel's answer, not for ever.
+pub(crate) async fn answer<T>(
     doing: &'static str,
     name: &str,
     request: impl Future<Output = Result<T, rtnetlink::Error>>,

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
 
 mod bridge;
+mod interface;
 mod macvtap;
 mod namespace;
 mod tap;
