@@ -18,6 +18,7 @@
 mod bridge;
 mod macvtap;
 mod ovs;
+mod plan;
 mod steps;
 mod table;
 mod tap;
@@ -180,14 +181,16 @@ impl Plugs {
         task.await.expect("the steps of a plug do not panic")
     }
 
-    /// What [`plug`](Self::plug) would say before it does anything.
-    pub fn plug_dry(&self, id: &Name, spec: PlugSpec) -> Result<(Outcome, PlugSpec), PlugError> {
+    /// What [`plug`](Self::plug) would say before it does anything, and the steps that it would take then.
+    pub async fn plug_dry(&self, id: &Name, spec: PlugSpec) -> Result<(Outcome, Plug), PlugError> {
         let spec = spec.completed(id)?;
-        let outcome = match self.table.examine(id, &spec)? {
-            Admission::Present => Outcome::Unchanged,
-            _ => Outcome::Created,
-        };
-        Ok((outcome, spec))
+        if self.table.examine(id, &spec)? == Admission::Present {
+            return Ok((Outcome::Unchanged, self.show(id)?));
+        }
+        let step = |cause| PlugError::Step { id: id.clone(), cause };
+        let steps = self.steps.plan(id, &spec).await.map_err(step)?;
+        let status = Status::pending(Whose::Vhostd, "dry run: not plugged");
+        Ok((Outcome::Created, Plug { id: id.clone(), spec, status, steps }))
     }
 
     /// Undoes a plug. False if there is none.
@@ -216,7 +219,7 @@ impl Plugs {
                 (None, None) => Status::pending(Whose::Vhostd, "being plugged"),
             },
         };
-        Ok(Plug { id: id.clone(), spec: record.spec, status })
+        Ok(Plug { id: id.clone(), spec: record.spec, status, steps: Vec::new() })
     }
 
     /// All plugs, by name.

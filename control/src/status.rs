@@ -100,6 +100,9 @@ pub struct Plug {
     pub spec: PlugSpec,
     /// How it is.
     pub status: Status,
+    /// What a dry run would do, in this order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub steps: Vec<String>,
 }
 
 impl Status {

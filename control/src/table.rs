@@ -39,12 +39,14 @@ pub fn plug(plug: &Plug, format: Format) -> String {
     }
 }
 
-/// One line about a plug that was just made.
+/// One line about a plug that was just made, or the steps that would make it.
 pub fn plugged(plug: &Plug, format: Format) -> String {
     if matches!(format, Format::Table | Format::Wide) {
         let waiting = waiting_for(plug);
         let colon = if waiting.is_empty() { "" } else { ": " };
-        return format!("{} {}{colon}{waiting}\n", plug.id, plug.status.phase.name());
+        let line = format!("{} {}{colon}{waiting}\n", plug.id, plug.status.phase.name());
+        let steps = (1..).zip(&plug.steps).map(|(number, step)| format!("{number:>3}. {step}\n"));
+        return line + &steps.collect::<String>();
     }
     self::plug(plug, format)
 }

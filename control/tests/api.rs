@@ -127,10 +127,17 @@ fn a_dry_run_does_nothing() {
     let body = listen(&place, "a.sock").to_string();
     let dry = place.http("PUT", "/v1/plugs/a?dry_run=true", &body);
     assert_eq!((dry.status, &dry.json()["spec"]["mtu"]), (201, &json!(1500)));
+    let path = place.path("a.sock").display().to_string();
+    let steps = [
+        "record plug a, so that a restart brings it back".to_owned(),
+        format!("make socket {path}, on which the guest's front end joins network default"),
+    ];
+    assert_eq!(dry.json()["steps"], json!(steps));
     assert_eq!(place.http("GET", "/v1/plugs", "").json(), json!([]));
     assert!(!place.path("a.sock").exists());
     place.http("PUT", "/v1/plugs/a", &body);
-    assert_eq!(place.http("PUT", "/v1/plugs/a?dry_run=true", &body).status, 200);
+    let again = place.http("PUT", "/v1/plugs/a?dry_run=true", &body);
+    assert_eq!((again.status, &again.json()["steps"]), (200, &Value::Null));
     let conflict = place.http("PUT", "/v1/plugs/b?dry_run=true", &body);
     assert_problem(&conflict, 409, "conflict");
     assert_eq!(place.http("DELETE", "/v1/plugs/a?dry_run=true", "").json()["existed"], json!(true));

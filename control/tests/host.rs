@@ -208,3 +208,29 @@ fn a_macvtap_is_joined_with_a_guest_or_is_its_card() {
     assert_eq!((daemon.link("vhd-vm1"), daemon.link("mvt2")), (Value::Null, Value::Null));
     assert_ne!(daemon.link("eth1"), Value::Null);
 }
+
+#[test]
+fn a_dry_run_says_the_steps_and_what_is_there() {
+    let place = Place::default();
+    let daemon = place.serve();
+    daemon.inside(&["ip", "link", "add", "br0", "type", "bridge"]);
+    let socket = place.path("vm1.sock").display().to_string();
+    let dry = |to: &str| place.vhostd(&["plug", "vm1", "--listen", &socket, "--to", to, "--dry-run"]);
+    let expected = "vm1 pending: dry run: not plugged
+  1. record plug vm1, so that a restart brings it back
+  2. make vhd-vm1, a TAP: MTU 1500, queues 1
+  3. use br0, a Linux bridge that is there
+  4. put vhd-vm1 into br0
+  5. forward between vhd-vm1 and a network of its own
+  6. make socket DIR/vm1.sock, on which the guest's front end joins a network of its own
+";
+    assert_eq!(dry("bridge:br0").ok().out, expected);
+    assert!(dry("macvtap:br0").ok().out.contains("2. make vhd-vm1, a macvtap: on br0, mode bridge\n"));
+    let refused = dry("tap:br0");
+    assert!(
+        refused.code == 4 && refused.err.contains("br0 exists and is a bridge, not a TAP"),
+        "{refused:?}"
+    );
+    assert_eq!(daemon.link("vhd-vm1"), Value::Null);
+    assert_eq!(place.http("GET", "/v1/plugs", "").json(), json!([]));
+}

@@ -14,7 +14,7 @@ use crate::plug::{Outcome, PlugError};
 use crate::problem::{Kind, Problem};
 use crate::server::Caller;
 use crate::spec::{PlugSpec, SpecError};
-use crate::status::{Phase, Plug, Status, Whose};
+use crate::status::{Phase, Plug, Whose};
 
 /// Body of a PUT.
 #[derive(Debug, Deserialize, Serialize, ToSchema)]
@@ -84,13 +84,7 @@ pub(super) async fn ensure(
     let timeout = params.timeout()?;
     let status_of = |outcome| if outcome == Outcome::Created { StatusCode::CREATED } else { StatusCode::OK };
     if params.dry_run {
-        let (outcome, spec) = daemon.plugs.plug_dry(&id, spec)?;
-        let plug = match outcome {
-            Outcome::Unchanged => daemon.plugs.show(&id)?,
-            Outcome::Created => {
-                Plug { id, spec, status: Status::pending(Whose::Vhostd, "dry run: not plugged") }
-            }
-        };
+        let (outcome, plug) = daemon.plugs.plug_dry(&id, spec).await?;
         return Ok((status_of(outcome), Json(plug)));
     }
     tracing::info!(plug = %id, uid = caller.uid, pid = caller.pid, "plug asked for");

@@ -69,6 +69,11 @@ impl OpenVSwitch {
         if self.switch.has_bridge(bridge).await? { Ok(()) } else { refuse_other_link(host, bridge).await }
     }
 
+    /// Whether the bridge is there.
+    pub(super) async fn has_bridge(&self, ovs: &Ovs) -> Result<bool, StepError> {
+        Ok(self.switch.has_bridge(ovs.bridge.as_str()).await?)
+    }
+
     /// Makes what the plug asks for, and waits until ovs-vswitchd has it. False if it was there, just so.
     pub(super) async fn ensure(
         &self,

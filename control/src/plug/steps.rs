@@ -10,6 +10,7 @@ use vhost_user::{Access, Endpoint};
 
 use super::bridge::LinuxBridges;
 use super::ovs::OpenVSwitch;
+use super::plan::plan;
 use super::{macvtap, tap};
 use crate::config::OvsConfig;
 use crate::names::Name;
@@ -157,6 +158,15 @@ impl Steps {
             Some(ovs) => self.ovs.check(&self.host, ovs).await,
             None => Ok(()),
         }
+    }
+
+    /// What would be done, in sentences.
+    pub(super) async fn plan(&self, id: &Name, spec: &PlugSpec) -> Result<Vec<String>, StepError> {
+        self.check(spec).await?;
+        if let Some(socket) = &spec.socket {
+            self.rules.dir_of(socket)?;
+        }
+        plan(&self.host, &self.ovs, id, spec).await
     }
 
     /// Takes every step but those of [`join`](Self::join). A failure takes back the ports; the host's part stays, because

@@ -36,6 +36,17 @@ pub enum MacvtapMode {
     Passthrough,
 }
 
+impl MacvtapMode {
+    /// As documents have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bridge => "bridge",
+            Self::Vepa => "vepa",
+            Self::Passthrough => "passthrough",
+        }
+    }
+}
+
 impl From<MacvtapMode> for hostnet::MacvtapMode {
     fn from(mode: MacvtapMode) -> Self {
         match mode {

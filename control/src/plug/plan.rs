@@ -1,0 +1,102 @@
+//! What a plug would do, for people: the steps of [`super::steps`] in their order, and what is there of it already.
+
+use hostnet::{HostNet, Kind};
+
+use super::ovs::OpenVSwitch;
+use super::steps::StepError;
+use crate::names::Name;
+use crate::spec::{Bridge, Macvtap, Ovs, PlugSpec, Role, Socket, To};
+
+/// The steps, one sentence each. Fails where the first of them would because of what is there.
+pub(super) async fn plan(
+    host: &HostNet,
+    ovs: &OpenVSwitch,
+    id: &Name,
+    spec: &PlugSpec,
+) -> Result<Vec<String>, StepError> {
+    let mut steps = vec![format!("record plug {id}, so that a restart brings it back")];
+    match &spec.to {
+        None => {}
+        Some(to @ To::Tap(_)) => steps.push(tap(host, id, spec, to).await?),
+        Some(to @ To::Bridge(Bridge { bridge, .. })) => {
+            let made =
+                link(host, "a Linux bridge", bridge.as_str(), |kind| matches!(kind, Kind::Bridge)).await?;
+            let joined = format!("put {} into {bridge}", to.tap(id));
+            steps.extend([tap(host, id, spec, to).await?, made, joined]);
+        }
+        Some(To::Ovs(ovs)) if !ovs.makes_tap() => {}
+        Some(to @ To::Ovs(_)) => steps.push(tap(host, id, spec, to).await?),
+        Some(to @ To::Macvtap(Macvtap { device, mode, .. })) => {
+            let name = to.tap(id);
+            let made =
+                link(host, "a macvtap", name.as_str(), |kind| matches!(kind, Kind::Macvtap(_))).await?;
+            steps.push(format!("{made}: on {device}, mode {}", mode.name()));
+        }
+    }
+    steps.extend(ports(id, spec));
+    if let Some(to) = spec.ovs() {
+        steps.extend(in_ovs(ovs, id, to).await?);
+    }
+    Ok(steps)
+}
+
+/// The TAP, and what it will be.
+async fn tap(host: &HostNet, id: &Name, spec: &PlugSpec, to: &To) -> Result<String, StepError> {
+    let name = to.tap(id);
+    let made = link(host, "a TAP", name.as_str(), |kind| matches!(kind, Kind::Tap(_))).await?;
+    Ok(format!("{made}: MTU {}, queues {}", spec.mtu_bytes(), spec.tap_queues()))
+}
+
+async fn link(
+    host: &HostNet,
+    what: &'static str,
+    name: &str,
+    is_one: fn(&Kind) -> bool,
+) -> Result<String, StepError> {
+    match host.link(name).await? {
+        None => Ok(format!("make {name}, {what}")),
+        Some(link) if is_one(&link.kind) => Ok(format!("use {name}, {what} that is there")),
+        Some(link) => {
+            Err(hostnet::Error::WrongKind { name: link.name, kind: link.kind, wanted: what }.into())
+        }
+    }
+}
+
+/// What the dataplane does.
+fn ports(id: &Name, spec: &PlugSpec) -> Vec<String> {
+    let network = match &spec.network {
+        Some(network) => format!("network {network}"),
+        None => "a network of its own".to_owned(),
+    };
+    let mut steps = Vec::new();
+    if let Some(to) = spec.to.as_ref().filter(|_| spec.kernel_guest().is_none()) {
+        steps.push(format!("forward between {} and {network}", to.tap(id)));
+    }
+    if let Some(Socket { role, path }) = &spec.socket {
+        steps.push(match role {
+            Role::Listen => format!("make socket {path}, on which the guest's front end joins {network}"),
+            Role::Connect => {
+                format!("dial {path} until the guest's front end answers, which joins {network}")
+            }
+            Role::FrontendListen => {
+                format!("make socket {path}, on which another switch's back end joins {network}")
+            }
+            Role::FrontendConnect => {
+                format!("dial {path} until another switch's back end answers, which joins {network}")
+            }
+        });
+    }
+    steps
+}
+
+/// What Open vSwitch is asked for, last.
+async fn in_ovs(ovs: &OpenVSwitch, id: &Name, to: &Ovs) -> Result<Vec<String>, StepError> {
+    let bridge = &to.bridge;
+    let verb = if ovs.has_bridge(to).await? { "use" } else { "make" };
+    let mut steps = vec![format!("{verb} Open vSwitch bridge {bridge}")];
+    if to.makes_port() {
+        let logical = to.iface_id.as_ref().map(|id| format!(" as logical port {id}")).unwrap_or_default();
+        steps.push(format!("add {} to {bridge}{logical}, and wait until ovs-vswitchd has it", to.tap(id)));
+    }
+    Ok(steps)
+}
