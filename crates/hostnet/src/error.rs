@@ -88,14 +88,16 @@ pub enum Error {
         /// The interface.
         name: String,
     },
-    /// The TAP is an administrator's, and the plug did not ask for that one.
-    #[error("TAP {name} exists and was not made by vhostd: give another name, or plug to it by name")]
+    /// The interface is an administrator's, and the plug did not ask for that one.
+    #[error(
+        "{name} exists and was not made by vhostd: give another name, or remove it; to a TAP one can plug by name"
+    )]
     Foreign {
         /// The interface.
         name: String,
     },
-    /// The TAP was made for another plug.
-    #[error("TAP {name} belongs to plug {owner}: give another name, or unplug that one first")]
+    /// The interface was made for another plug.
+    #[error("{name} belongs to plug {owner}: give another name, or unplug that one first")]
     OtherPlug {
         /// The interface.
         name: String,
@@ -175,7 +177,60 @@ pub enum Error {
         /// The number asked for.
         number: u32,
     },
-    /// The TAP is a port of something else.
+    /// The VLAN is there, but with another number or on top of another device, which cannot be changed.
+    #[error("VLAN {name} exists, but is not number {id} on {device}: give another name, or remove it")]
+    OtherVlan {
+        /// The interface.
+        name: String,
+        /// The number that it should have.
+        id: u16,
+        /// The device that it should be on.
+        device: String,
+    },
+    /// No VLAN can have this number.
+    #[error("{name} cannot be VLAN {id}: give 1 to 4094")]
+    VlanId {
+        /// The interface that was to be made.
+        name: String,
+        /// The number that was asked for.
+        id: u16,
+    },
+    /// An administrator's bridge is used as it is.
+    #[error(
+        "{device} cannot become the uplink of {bridge}, which was not made by vhostd: add it there, or give another bridge"
+    )]
+    ForeignBridge {
+        /// The bridge.
+        bridge: String,
+        /// What it should have as its uplink.
+        device: String,
+    },
+    /// A bridge has one uplink.
+    #[error(
+        "{device} cannot become the uplink of {bridge}, which has {uplink}: give another bridge, or unplug what needs that one"
+    )]
+    OtherUplink {
+        /// The bridge.
+        bridge: String,
+        /// What it should have as its uplink.
+        device: String,
+        /// What it has.
+        uplink: String,
+    },
+    /// A file of /proc/sys/net cannot be read or written.
+    #[error(
+        "cannot set {key} of {name} in /proc/sys/net: this needs CAP_NET_ADMIN in the network namespace, and /proc/sys \
+             not mounted read-only"
+    )]
+    Sysctl {
+        /// The interface.
+        name: String,
+        /// The file.
+        key: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The interface is a port of something else.
     #[error("{name} cannot join bridge {bridge}: it is a port of {master}, take it out there first")]
     Enslaved {
         /// The interface.
@@ -201,8 +256,10 @@ impl Error {
 }
 
 const EPERM: i32 = 1;
+pub(crate) const ESRCH: i32 = 3;
 pub(crate) const EBUSY: i32 = 16;
 pub(crate) const EEXIST: i32 = 17;
 const ENODEV: i32 = 19;
 pub(crate) const EINVAL: i32 = 22;
 const EOPNOTSUPP: i32 = 95;
+pub(crate) const EADDRNOTAVAIL: i32 = 99;

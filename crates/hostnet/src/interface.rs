@@ -5,7 +5,6 @@ use std::fmt;
 use futures::TryStreamExt;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
-use rtnetlink::packet_route::link::LinkMessage;
 use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage};
 use tracing::info;
 
@@ -45,14 +44,14 @@ impl HostNet {
     /// [`Error::Missing`]; [`Error::NoAnswer`], [`Error::Kernel`].
     pub async fn uses(&self, name: &str) -> Result<Vec<Use>, Error> {
         let link = self.link(name).await?.ok_or_else(|| Error::Missing { name: name.to_owned() })?;
-        let links = self.all_links(name).await?;
+        let links = self.all_links().await?;
         let mut uses = Vec::new();
         for other in &links {
             if Some(other.ifindex) == link.master {
                 uses.push(Use::Port(other.name.clone()));
             }
             // The other end of a pair is not on top of this one.
-            if other.lower == Some(link.ifindex) && other.kind != Kind::Other("veth".into()) {
+            if other.lower == Some(link.ifindex) && other.kind != Kind::Veth {
                 uses.push(Use::Below(other.name.clone()));
             }
         }
@@ -112,12 +111,6 @@ impl HostNet {
             return self.set_up(&link).await;
         }
         if link.up { self.change("set down", &link, Message::down).await } else { Ok(()) }
-    }
-
-    async fn all_links(&self, name: &str) -> Result<Vec<LinkState>, Error> {
-        let request = self.links().get().execute().try_collect();
-        let links: Vec<LinkMessage> = answer("list what is on top of", name, request).await?;
-        Ok(links.iter().map(LinkState::from).collect())
     }
 
     async fn addresses(&self, link: &LinkState) -> Result<Vec<String>, Error> {

@@ -1,4 +1,5 @@
-//! The host's side of a network: links, bridges, TAPs and macvtaps, through netlink; PCI devices, through sysfs.
+//! The host's side of a network: links, bridges, TAPs, macvtaps, veth pairs and VLANs, through netlink; PCI devices, through
+//! sysfs.
 //!
 //! Each `ensure_…` says what has to be there. It makes what is missing, touches nothing that is as it should be, and
 //! refuses what belongs to somebody else. Each `remove_…` succeeds if nothing is there. All may be repeated at any
@@ -7,9 +8,9 @@
 //!
 //! # Ours and foreign
 //!
-//! An interface that we made bears a mark in its alias (`ip link show`): [`tap_mark`] on a TAP, which names its plug,
-//! and [`BRIDGE_MARK`] on a bridge, which plugs may share. What bears no mark is an administrator's: it is used where
-//! the caller asks for it, and never deleted.
+//! An interface that we made bears a mark in its alias (`ip link show`): [`tap_mark`] on what one plug has for itself, which
+//! names the plug, and [`BRIDGE_MARK`] on a bridge or VLAN, which plugs may share. What bears no mark is an
+//! administrator's: it is used where the caller asks for it, and never deleted.
 //!
 //! # TAPs stay
 //!
@@ -28,7 +29,11 @@ mod link;
 mod macvtap;
 mod netlink;
 mod pci;
+mod sysctl;
 mod tap;
+mod uplink;
+mod veth;
+mod vlan;
 mod watch;
 
 pub use bridge::{BRIDGE_MARK, Bridge};
@@ -42,4 +47,5 @@ pub use pci::{
     Binding, DRIVER_LIMIT, Function, NotAnAddress, Pci, PciAddress, PciDevice, PciError, Representor,
 };
 pub use tap::{QUEUES_MAX, Tap, TapSpec, tap_mark};
+pub use veth::{Veth, VethSpec};
 pub use watch::{LinkEvent, Watch};

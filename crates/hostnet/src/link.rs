@@ -8,6 +8,8 @@ use rtnetlink::packet_route::link::{
 };
 
 use crate::macvtap::{self, MacvtapMode};
+use crate::netlink::Message;
+use crate::vlan;
 use crate::{Error, HostNet};
 
 /// One interface at one moment.
@@ -31,6 +33,8 @@ pub struct LinkState {
     pub lower: Option<u32>,
     /// What somebody wrote about it.
     pub alias: Option<String>,
+    /// The group that it is in (`ip link show`), 0 unless somebody put it into another.
+    pub group: u32,
     /// Its link-layer address, as long as its kind has them.
     pub address: Vec<u8>,
 }
@@ -44,6 +48,10 @@ pub enum Kind {
     Bridge,
     /// A macvtap, and its mode if it is one that we know.
     Macvtap(Option<MacvtapMode>),
+    /// One end of a veth pair.
+    Veth,
+    /// A VLAN of another interface, by its number.
+    Vlan(Option<u16>),
     /// Something else, by the kernel's name for it. Empty for a NIC and for the loopback, which have none.
     Other(String),
 }
@@ -65,6 +73,8 @@ impl fmt::Display for Kind {
             Self::Tap(_) => f.write_str("a TAP"),
             Self::Bridge => f.write_str("a bridge"),
             Self::Macvtap(_) => f.write_str("a macvtap"),
+            Self::Veth => f.write_str("an end of a veth pair"),
+            Self::Vlan(_) => f.write_str("a VLAN"),
             Self::Other(kind) if kind.is_empty() => f.write_str("a device of its own (NIC or loopback)"),
             Self::Other(kind) => write!(f, "of kind {kind}"),
         }
@@ -82,6 +92,39 @@ impl HostNet {
         let answer = self.first("look at", name, request).await?;
         Ok(answer.map(|message| LinkState::from(&message)))
     }
+
+    /// All links.
+    ///
+    /// # Errors
+    /// [`Error::NoAnswer`], [`Error::Kernel`].
+    pub async fn all_links(&self) -> Result<Vec<LinkState>, Error> {
+        let all = self.every("list", "all interfaces", self.links().get()).await?;
+        Ok(all.iter().map(LinkState::from).collect())
+    }
+
+    /// Sets the link up and gives it this MTU, where it has not.
+    ///
+    /// # Errors
+    /// [`Error::Missing`]; what the kernel refuses.
+    pub async fn set_right(&self, name: &str, mtu: Option<u32>) -> Result<(), Error> {
+        let link = self.link(name).await?.ok_or_else(|| Error::Missing { name: name.to_owned() })?;
+        self.set_mtu(&link, mtu).await?;
+        self.set_up(&link).await
+    }
+
+    /// Gives the link this MTU, if it has another.
+    pub(crate) async fn set_mtu(&self, link: &LinkState, mtu: Option<u32>) -> Result<(), Error> {
+        let Some(mtu) = mtu.filter(|&mtu| mtu != link.mtu) else { return Ok(()) };
+        self.change("set the MTU of", link, |message| message.mtu(mtu)).await
+    }
+
+    /// Sets the link up, if it is not.
+    pub(crate) async fn set_up(&self, link: &LinkState) -> Result<(), Error> {
+        if link.up {
+            return Ok(());
+        }
+        self.change("set up", link, Message::up).await
+    }
 }
 
 impl From<&LinkMessage> for LinkState {
@@ -97,6 +140,7 @@ impl From<&LinkMessage> for LinkState {
             master: None,
             lower: None,
             alias: None,
+            group: 0,
             address: Vec::new(),
         };
         for attribute in &message.attributes {
@@ -107,6 +151,7 @@ impl From<&LinkMessage> for LinkState {
                 LinkAttribute::Controller(index) => link.master = Some(*index),
                 LinkAttribute::Link(index) => link.lower = Some(*index),
                 LinkAttribute::IfAlias(alias) => link.alias = Some(alias.clone()),
+                LinkAttribute::Group(group) => link.group = *group,
                 LinkAttribute::Address(address) => link.address.clone_from(address),
                 LinkAttribute::LinkInfo(info) => link.kind = Kind::from(info.as_slice()),
                 _ => {}
@@ -126,6 +171,11 @@ impl From<&[LinkInfo]> for Kind {
             Some(InfoKind::Bridge) => Self::Bridge,
             Some(InfoKind::MacVtap) => Self::Macvtap(info.iter().find_map(|info| match info {
                 LinkInfo::Data(InfoData::MacVtap(data)) => macvtap::mode_of(data),
+                _ => None,
+            })),
+            Some(InfoKind::Veth) => Self::Veth,
+            Some(InfoKind::Vlan) => Self::Vlan(info.iter().find_map(|info| match info {
+                LinkInfo::Data(InfoData::Vlan(data)) => vlan::id_of(data),
                 _ => None,
             })),
             Some(InfoKind::Tun) => tun(info).map_or_else(|| Self::Other("tun".to_owned()), Self::Tap),

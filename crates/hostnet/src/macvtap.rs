@@ -14,7 +14,8 @@ use tracing::info;
 use crate::error::{EBUSY, EINVAL};
 use crate::link::{Kind, LinkState};
 use crate::netlink::Message;
-use crate::tap::{check_owner, disable_ipv6, is_ours};
+use crate::sysctl::disable_ipv6;
+use crate::tap::{check_owner, is_ours};
 use crate::{Error, HostNet, QUEUES_MAX, Tap, tap_mark};
 
 /// Which frames reach others on the same device.
@@ -190,9 +191,7 @@ impl HostNet {
         link: &LinkState,
         device: &LinkState,
     ) -> Result<(), Error> {
-        if let Some(mtu) = spec.mtu.filter(|mtu| *mtu != link.mtu) {
-            self.change("set the MTU of", link, |message: Message| message.mtu(mtu)).await?;
-        }
+        self.set_mtu(link, spec.mtu).await?;
         disable_ipv6(&spec.name).await?;
         self.set_up(device).await?;
         self.set_up(link).await

@@ -4,11 +4,13 @@ use std::io;
 use std::time::Duration;
 
 use futures::TryStreamExt;
-use rtnetlink::packet_route::link::LinkMessage;
+use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::{Handle, LinkGetRequest, LinkHandle, LinkMessageBuilder, LinkUnspec};
+use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 
 use crate::Error;
+use crate::error::EEXIST;
 use crate::link::LinkState;
 
 /// Longest wait for the kernel's answer. It answers at once, unless the answer is one that cannot be decoded.
@@ -16,11 +18,17 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
 
 pub(crate) type Message = LinkMessageBuilder<LinkUnspec>;
 
+/// The group of a link that is being made. The kernel takes a group when it makes a link, a mark only afterwards: by the
+/// group one is known that we were killed over.
+const BEING_MADE: u32 = u32::from_be_bytes(*b"vhst");
+
 /// The host's links, bridges and TAPs, in the network namespace of the thread that opened it.
 #[derive(Debug)]
 pub struct HostNet {
     handle: Handle,
     connection: JoinHandle<()>,
+    /// Held from looking for a link until it is made and marked.
+    pub(crate) making: Mutex<()>,
 }
 
 impl Drop for HostNet {
@@ -36,7 +44,7 @@ impl HostNet {
     /// [`Error::Open`].
     pub fn open() -> Result<Self, Error> {
         let (connection, handle, _unsolicited) = rtnetlink::new_connection().map_err(Error::Open)?;
-        Ok(Self { handle, connection: tokio::spawn(connection) })
+        Ok(Self { handle, connection: tokio::spawn(connection), making: Mutex::new(()) })
     }
 
     pub(crate) fn handle(&self) -> &Handle {
@@ -59,6 +67,42 @@ impl HostNet {
             Err(Error::Missing { .. }) => Ok(None),
             result => result,
         }
+    }
+
+    /// The link of that name, unless we were killed while making it: then it is taken away.
+    pub(crate) async fn finished(&self, name: &str) -> Result<Option<LinkState>, Error> {
+        match self.link(name).await? {
+            Some(link) if link.group == BEING_MADE && link.alias.is_none() => {
+                self.delete(name, link.ifindex).await?;
+                Ok(None)
+            }
+            found => Ok(found),
+        }
+    }
+
+    /// Makes a link that is to be marked. False if there is one of that name.
+    pub(crate) async fn begin(
+        &self,
+        doing: &'static str,
+        name: &str,
+        mut message: LinkMessage,
+    ) -> Result<bool, Error> {
+        message.attributes.push(LinkAttribute::Group(BEING_MADE));
+        match self.add(doing, name, message).await {
+            Ok(()) => Ok(true),
+            Err(Error::Kernel { source, .. }) if source.raw_os_error() == Some(EEXIST) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Marks a link that was made, and whatever else `edit` says.
+    pub(crate) async fn mark(
+        &self,
+        link: &LinkState,
+        mark: &str,
+        edit: impl FnOnce(Message) -> Message,
+    ) -> Result<(), Error> {
+        self.change("mark", link, |message| edit(message.alias(mark).link_group(0))).await
     }
 
     /// Makes a link.
@@ -93,13 +137,22 @@ impl HostNet {
 
     /// All links that are ports of `master`.
     pub(crate) async fn ports_of(&self, name: &str, master: u32) -> Result<Vec<LinkMessage>, Error> {
-        use rtnetlink::packet_route::link::LinkAttribute::Controller;
         let mut request = self.links().get();
         // The kernel filters by this; one that does not sends all.
-        request.message_mut().attributes.push(Controller(master));
-        let all: Vec<LinkMessage> =
-            answer("list the ports of", name, request.execute().try_collect()).await?;
-        Ok(all.into_iter().filter(|link| link.attributes.contains(&Controller(master))).collect())
+        request.message_mut().attributes.push(LinkAttribute::Controller(master));
+        let all = self.every("list the ports of", name, request).await?;
+        let is_port = |link: &LinkMessage| link.attributes.contains(&LinkAttribute::Controller(master));
+        Ok(all.into_iter().filter(is_port).collect())
+    }
+
+    /// All links of an answer.
+    pub(crate) async fn every(
+        &self,
+        doing: &'static str,
+        name: &str,
+        request: LinkGetRequest,
+    ) -> Result<Vec<LinkMessage>, Error> {
+        answer(doing, name, request.execute().try_collect()).await
     }
 }
 

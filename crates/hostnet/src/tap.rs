@@ -1,13 +1,12 @@
 //! TAPs: made, attached to again, removed.
 
-use std::io;
-
 use sys::tap::{TapError, TapQueue};
 use tracing::info;
 
 use crate::error::EBUSY;
 use crate::link::{Kind, LinkState, TunState};
 use crate::netlink::Message;
+use crate::sysctl::disable_ipv6;
 use crate::{Error, HostNet};
 
 /// Most queues of one TAP (the kernel's MAX_TAP_QUEUES).
@@ -92,9 +91,7 @@ impl HostNet {
         if spec.queues > 1 && !tun.multi_queue {
             return Err(Error::OneQueue { name: link.name, queues: spec.queues });
         }
-        if let Some(mtu) = spec.mtu.filter(|&mtu| mtu != link.mtu) {
-            self.change("set the MTU of", &link, |message| message.mtu(mtu)).await?;
-        }
+        self.set_mtu(&link, spec.mtu).await?;
         self.set_up(&link).await?;
         Ok(link.ifindex)
     }
@@ -158,19 +155,9 @@ impl HostNet {
         if matches!(now.kind, Kind::Tap(TunState { queues, .. }) if queues > u32::from(spec.queues)) {
             return Err(Error::Busy { name: name.clone() });
         }
-        if let Some(mtu) = spec.mtu.filter(|&mtu| mtu != now.mtu) {
-            self.change("set the MTU of", &now, |message| message.mtu(mtu)).await?;
-        }
+        self.set_mtu(&now, spec.mtu).await?;
         self.set_up(&now).await?;
         Ok(Tap { queues, ifindex: now.ifindex, created: false, ours })
-    }
-
-    /// Sets the link up, if it is not.
-    pub(crate) async fn set_up(&self, link: &LinkState) -> Result<(), Error> {
-        if link.up {
-            return Ok(());
-        }
-        self.change("set up", link, Message::up).await
     }
 }
 
@@ -231,15 +218,4 @@ fn high_address(mut address: Vec<u8>) -> Vec<u8> {
         *first = 0xfe;
     }
     address
-}
-
-/// Keeps the host from taking a link-local address on the link: duplicate address detection and router solicitations
-/// would reach the guests.
-pub(crate) async fn disable_ipv6(name: &str) -> Result<(), Error> {
-    let path = format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6");
-    match tokio::fs::write(path, "1").await {
-        // A kernel without IPv6.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result.map_err(|error| Error::kernel("disable IPv6 on", name, error)),
-    }
 }

@@ -20,10 +20,73 @@ fn made_bridge_has_everything() {
         assert_eq!((made.ifindex, made.up, made.alias.as_deref()), (bridge.ifindex, true, Some(BRIDGE_MARK)));
         let details = sh("ip -d link show br0");
         assert!(details.contains(" forward_delay 0 "), "{details}");
-        assert!(details.contains(" stp_state 0 "), "{details}");
+        assert!(details.contains(" stp_state 0 ") && details.contains(" ageing_time 30000 "), "{details}");
+        assert_eq!(settings("br0"), ["1", "1", "2"]);
         let again = net.ensure_bridge("br0").await.unwrap();
         assert_eq!(again, Bridge { created: false, ..bridge });
         assert_eq!(link(&net, "br0").await, made, "nothing is touched");
+    });
+}
+
+/// What is set of the host's own IP on an interface: disable_ipv6, arp_ignore, arp_announce.
+fn settings(name: &str) -> [String; 3] {
+    ["ipv6.disable_ipv6", "ipv4.arp_ignore", "ipv4.arp_announce"].map(|key| {
+        let (family, key) = key.split_once('.').unwrap();
+        let path = format!("/proc/sys/net/{family}/conf/{name}/{key}");
+        std::fs::read_to_string(path).unwrap().trim_end().to_owned()
+    })
+}
+
+#[test]
+fn bridge_of_one_plug_forgets_addresses_and_goes_with_it() {
+    run("bridge::bridge_of_one_plug_forgets_addresses_and_goes_with_it", async |net| {
+        let bridge = net.ensure_own_bridge("qbr0", "web-1").await.unwrap();
+        assert!(bridge.created && bridge.ours);
+        let details = sh("ip -d link show qbr0");
+        for setting in [" ageing_time 0 ", " mcast_snooping 0 ", " forward_delay 0 ", " stp_state 0 "] {
+            assert!(details.contains(setting), "{setting}: {details}");
+        }
+        assert_eq!(settings("qbr0"), ["1", "1", "2"]);
+        let again = net.ensure_own_bridge("qbr0", "web-1").await.unwrap();
+        assert_eq!(again, Bridge { created: false, ..bridge });
+
+        let others = [net.ensure_own_bridge("qbr0", "web-2").await, net.ensure_bridge("qbr0").await];
+        for refused in others {
+            let error = refused.unwrap_err();
+            assert!(matches!(&error, Error::OtherPlug { owner, .. } if owner == "web-1"), "{error}");
+        }
+        assert!(!net.remove_own_bridge("qbr0", "web-2").await.unwrap());
+        assert!(!net.remove_bridge("qbr0").await.unwrap(), "it is not for everybody");
+        sh("ip link add v0 type veth peer name v1");
+        sh("ip link set v0 master qbr0");
+        assert!(net.remove_own_bridge("qbr0", "web-1").await.unwrap(), "whatever is in it");
+        assert!(!net.remove_own_bridge("qbr0", "web-1").await.unwrap());
+        assert_eq!(link(&net, "v0").await.master, None);
+
+        sh("ip link add qbr0 type bridge ageing_time 500");
+        assert!(!net.ensure_own_bridge("qbr0", "web-1").await.unwrap().ours);
+        assert!(
+            sh("ip -d link show qbr0").contains(" ageing_time 500 "),
+            "an administrator's stays as it is"
+        );
+        assert!(!net.remove_own_bridge("qbr0", "web-1").await.unwrap());
+    });
+}
+
+/// A link that a killed process had just made has its group, and no mark yet.
+#[test]
+fn half_made_links_are_made_anew_or_removed() {
+    run("bridge::half_made_links_are_made_anew_or_removed", async |net| {
+        let half_made = u32::from_be_bytes(*b"vhst");
+        sh(&format!("ip link add name br0 group {half_made} type bridge"));
+        assert!(net.ensure_bridge("br0").await.unwrap().created);
+        let made = link(&net, "br0").await;
+        assert_eq!((made.group, made.alias.as_deref()), (0, Some(BRIDGE_MARK)));
+        sh(&format!("ip link add name br1 group {half_made} type bridge"));
+        assert!(!net.remove_bridge("br1").await.unwrap(), "it was never there");
+        assert_eq!(net.link("br1").await.unwrap(), None);
+        sh("ip link add name br2 group 7 type bridge");
+        assert!(!net.ensure_bridge("br2").await.unwrap().created, "an administrator has groups, too");
     });
 }
 
@@ -79,7 +142,7 @@ fn other_kinds_are_refused_by_name() {
         sh("ip link add v0 type veth peer name v1");
         sh("ip link set v0 alias vhostd");
         drop(net.ensure_tap(&spec("t0")).await.unwrap());
-        for (name, what) in [("v0", "of kind veth"), ("t0", "a TAP")] {
+        for (name, what) in [("v0", "an end of a veth pair"), ("t0", "a TAP")] {
             let before = link(&net, name).await;
             let error = net.ensure_bridge(name).await.unwrap_err().to_string();
             let text = format!(

@@ -6,4 +6,7 @@ mod interface;
 mod macvtap;
 mod namespace;
 mod tap;
+mod uplink;
+mod veth;
+mod vlan;
 mod watch;

@@ -185,7 +185,7 @@ fn other_kinds_are_refused_by_name() {
         sh("ip tuntap add dev tun0 mode tun");
         net.ensure_bridge("br0").await.unwrap();
         for (name, what) in [
-            ("v0", "of kind veth"),
+            ("v0", "an end of a veth pair"),
             ("tun0", "of kind tun"),
             ("br0", "a bridge"),
             ("lo", "a device of its own (NIC or loopback)"),
