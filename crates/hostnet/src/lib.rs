@@ -21,6 +21,7 @@
 //! in any order: whoever plugs into a bridge and unplugs from it must not do both at one time.
 #![forbid(unsafe_code)]
 
+mod association;
 mod bridge;
 mod error;
 mod function;
@@ -36,6 +37,7 @@ mod veth;
 mod vlan;
 mod watch;
 
+pub use association::{Association, AssociationError, Listener, Profile, Request, Response};
 pub use bridge::{BRIDGE_MARK, Bridge};
 pub use error::Error;
 pub use function::FunctionState;
