@@ -2,6 +2,7 @@
 //!
 //! Each lives in a directory of its own, where its sockets are, and dies with the thread that started it, however that ends.
 
+mod cloud_hypervisor;
 mod ourselves;
 mod ovs;
 pub mod testpmd;
@@ -36,6 +37,8 @@ pub enum Kind {
     OvsFlows,
     /// The same, its TAPs with segmentation left to whoever can do it late (`userspace-tso-enable`).
     OvsTso,
+    /// Cloud Hypervisor's `vhost_user_net`: one guest and one TAP, woken for each burst.
+    CloudHypervisor,
     /// Two of vhostd that sleep when there is nothing to do, a TAP each, and a front-end port of the one on a socket of
     /// the other between them.
     Cable,
@@ -52,6 +55,7 @@ impl Kind {
             Self::Ovs => "OVS NORMAL",
             Self::OvsFlows => "OVS flows",
             Self::OvsTso => "OVS TSO",
+            Self::CloudHypervisor => "Cloud Hypervisor",
             Self::Cable => "2 x vhostd",
         }
     }
@@ -63,6 +67,13 @@ impl Kind {
             Self::Dpdk => (!there("/usr/bin/dpdk-testpmd")).then_some("apt-get install dpdk-dev"),
             Self::Ovs | Self::OvsFlows | Self::OvsTso => {
                 (!there(ovs::SWITCH)).then_some("apt-get install openvswitch-switch-dpdk")
+            }
+            Self::CloudHypervisor => {
+                let path = std::env::var_os("PATH").unwrap_or_default();
+                let found =
+                    std::env::split_paths(&path).any(|dir| dir.join(cloud_hypervisor::PROGRAM).exists());
+                (!found)
+                    .then_some("build vhost_user_net in Cloud Hypervisor's source tree, and put it into PATH")
             }
             Self::Vhostd | Self::VhostdAdaptive | Self::Limit | Self::Cable => None,
         }
@@ -106,6 +117,7 @@ impl Backend {
                 }
             }
             Kind::Dpdk => backend.spawn(testpmd::command(backend.dir.path(), shape))?,
+            Kind::CloudHypervisor => backend.spawn(cloud_hypervisor::command(backend.dir.path()))?,
             Kind::Ovs | Kind::OvsFlows | Kind::OvsTso => ovs::start(&mut backend, shape)?,
         }
         let taps = (0..shape.taps).map(|n| Path::new("/proc/sys/net/ipv4/conf").join(tap(n)));
@@ -133,7 +145,7 @@ impl Backend {
 
     /// Whether it takes a core all the time.
     pub fn polls(&self) -> bool {
-        !matches!(self.kind, Kind::VhostdAdaptive | Kind::Cable)
+        !matches!(self.kind, Kind::VhostdAdaptive | Kind::Cable | Kind::CloudHypervisor)
     }
 
     /// Processor time that it has had so far.

@@ -125,14 +125,16 @@ enum Direction {
 }
 
 fn all_frames(args: &Args) -> Result<()> {
-    let ways = ways(&[Kind::Vhostd, Kind::Dpdk, Kind::Ovs], args);
+    let ways = ways(&[Kind::Vhostd, Kind::Dpdk, Kind::Ovs, Kind::CloudHypervisor], args);
     print_head("millions of frames a second", "bare loop", &ways);
     pin(FRONTEND_CPU);
     for (direction, name) in [(Direction::Host, "to host"), (Direction::Guest, "to guest")] {
         for len in args.length.iter().filter(|_| args.to.is_none_or(|to| to == direction)) {
             let mut figures: BTreeMap<Way, Vec<f64>> = BTreeMap::new();
             let mut disturbed = false;
-            for way in (0..args.rounds).flat_map(|_| &ways) {
+            // It waits for a kick of the RX ring, which our front end never gives.
+            let measured = |way: &&Way| direction == Direction::Host || **way != Some(Kind::CloudHypervisor);
+            for way in (0..args.rounds).flat_map(|_| ways.iter().filter(measured)) {
                 let rate = frames(*way, direction, usize::from(*len), args.seconds);
                 let (rate, disturbance) = rate
                     .with_context(|| format!("{name}, {len} B: {}", way.map_or("bare loop", Kind::name)))?;
