@@ -14,8 +14,8 @@
 //! # Threads
 //!
 //! Workers, one per lcore; the session thread of `vhost_user`, which starts and stops rings through `guest`; and for each
-//! port that is a front end the thread of its attachment, which does so through `frontend`. They share `port`: each ring behind a lock of its own, taken once a burst. Control adds and removes ports by
-//! [`Dataplane`] and reads counters at any time.
+//! port that is a front end the thread of its attachment, which does so through `frontend`. They share `port`: each ring behind
+//! a lock of its own, taken once a burst. Control adds and removes ports by [`Dataplane`] and reads counters at any time.
 #![forbid(unsafe_code)]
 
 mod counters;
@@ -26,6 +26,7 @@ pub mod fdb;
 mod frontend;
 mod guest;
 pub mod light;
+mod look;
 mod placement;
 mod plane;
 mod policy;

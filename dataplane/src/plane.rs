@@ -16,9 +16,10 @@ use crate::counters::RingCounters;
 use crate::events::Events;
 use crate::frontend::PortDriver;
 use crate::guest::GuestDevice;
-use crate::placement::{Move, QueueSample, Sample};
-use crate::port::{FrontEnd, Guest, Port, PortLink, QUEUE_PAIRS_MAX, RingSlot, Tap, TapPort};
-use crate::report::{Counters, FdbEntry, PortId, PortKind, PortReport, RingReport, WorkerReport};
+use crate::look;
+use crate::placement::{Move, Sample};
+use crate::port::{FrontEnd, Guest, Port, PortLink, QUEUE_PAIRS_MAX, Tap, TapPort};
+use crate::report::{Counters, FdbEntry, PortId, PortKind, PortReport, WorkerReport};
 use crate::spec::{Config, Link, PortSpec};
 use crate::switch::Network;
 use crate::worker::{Command, Worker, WorkerShared};
@@ -251,12 +252,12 @@ impl Dataplane {
         let nodes: Vec<_> = self.workers.iter().map(|w| w.node).collect();
         // On most machines there is one, and no need to ask where memory is.
         let several = nodes.iter().any(|node| node.is_some() && *node != nodes[0]);
-        let queues = ports.iter().flat_map(|port| queue_samples(port, several)).collect();
+        let queues = ports.iter().flat_map(|port| look::samples(port, several)).collect();
         Sample { cycles: sys::clock::cycles(), busy, nodes, queues }
     }
 
-    /// Lets another worker poll a queue of a guest or back end from now on; no frame is lost or overtaken. False if there is no such
-    /// port, queue or worker, or it is there already.
+    /// Lets another worker poll a queue of a guest or back end from now on; no frame is lost or overtaken. False if there is no
+    /// such port, queue or worker, or it is there already.
     pub fn move_queue(&self, to: &Move) -> bool {
         // One at a time: the two workers hear of moves in the same order.
         let state = self.state();
@@ -391,11 +392,12 @@ impl Dataplane {
         let session = session.and_then(|session| self.status(session));
         let mut counters = Counters::default();
         port.counters.add_to(&mut counters, false);
-        let (kind, rings) = match &port.link {
-            PortLink::Guest(guest) => (PortKind::VhostUser, guest_rings(guest)),
-            PortLink::FrontEnd(front) => (PortKind::FrontEnd, front_end_rings(front)),
-            PortLink::Tap(tap) => (PortKind::Tap, tap_rings(tap)),
+        let kind = match &port.link {
+            PortLink::Guest(_) => PortKind::VhostUser,
+            PortLink::FrontEnd(_) => PortKind::FrontEnd,
+            PortLink::Tap(_) => PortKind::Tap,
         };
+        let rings = look::rings(port);
         for ring in &rings {
             counters.add(&ring.counters);
         }
@@ -429,7 +431,7 @@ impl Dataplane {
             frames,
             frames_per_burst: ratio(frames, bursts),
             cycles_per_frame: ratio(busy, frames),
-            vrings: ports.iter().flat_map(|port| polled_by(port, worker.index)).collect(),
+            vrings: ports.iter().flat_map(|port| look::polled_by(port, worker.index)).collect(),
         }
     }
 }
@@ -507,136 +509,6 @@ fn check_bounds(spec: &PortSpec) -> Result<(), Error> {
             Err(bounds("queues", queues.len() as u64, "1..=128"))
         }
         _ => Ok(()),
-    }
-}
-
-/// Rings that ever ran, in vring order.
-fn guest_rings(guest: &Guest) -> Vec<RingReport> {
-    let mut rings = Vec::new();
-    for (pair, n) in guest.pairs.iter().zip(0u16..) {
-        let worker = &pair.tx.worker;
-        let rx = pair.rx.lock().ring.as_ref().map(|r| r.size());
-        rings.extend(ring_report(&pair.rx, 2 * n, worker, rx, false));
-        let tx = pair.tx.lock().ring.as_ref().map(|r| r.size());
-        rings.extend(ring_report(&pair.tx, 2 * n + 1, worker, tx, true));
-    }
-    rings
-}
-
-/// The same of a back end.
-fn front_end_rings(front: &FrontEnd) -> Vec<RingReport> {
-    let mut rings = Vec::new();
-    for (pair, n) in front.pairs.iter().zip(0u16..) {
-        let worker = &pair.rx.worker;
-        let rx = pair.rx.lock().ring.as_ref().map(|rx| rx.ring.ring().size());
-        rings.extend(ring_report(&pair.rx, 2 * n, worker, rx, true));
-        let tx = pair.tx.lock().ring.as_ref().map(|tx| tx.ring.ring().size());
-        rings.extend(ring_report(&pair.tx, 2 * n + 1, worker, tx, false));
-    }
-    rings
-}
-
-/// `worker` is the one of the pair.
-fn ring_report<R>(
-    slot: &RingSlot<R>,
-    index: u16,
-    worker: &AtomicU32,
-    size: Option<u16>,
-    from_port: bool,
-) -> Option<RingReport> {
-    let counted = slot.counters_if_any();
-    if size.is_none() && counted.is_none() {
-        return None;
-    }
-    let mut counters = Counters::default();
-    if let Some(counted) = counted {
-        counted.add_to(&mut counters, from_port);
-    }
-    let state = slot.lock();
-    Some(RingReport {
-        index,
-        started: size.is_some(),
-        enabled: state.enabled,
-        broken: state.broken.map(|fault| fault.to_string()),
-        size: size.unwrap_or(0),
-        worker: worker.load(Ordering::Relaxed) as usize,
-        counters,
-        kicks: counted.map_or(0, |c| c.kicks.read()),
-        calls: counted.map_or(0, |c| c.calls.read()),
-        bursts: counted.map_or(0, |c| c.bursts.read()),
-    })
-}
-
-fn tap_rings(tap: &Tap) -> Vec<RingReport> {
-    let report = |(index, queue): (u16, &TapPort)| {
-        let mut counters = Counters::default();
-        queue.rx.add_to(&mut counters, true);
-        queue.tx.add_to(&mut counters, false);
-        RingReport {
-            index,
-            started: true,
-            enabled: true,
-            broken: None,
-            size: 0,
-            worker: queue.worker.load(Ordering::Relaxed) as usize,
-            counters,
-            kicks: 0,
-            calls: 0,
-            bursts: queue.rx.bursts.read() + queue.tx.bursts.read(),
-        }
-    };
-    (0u16..).zip(&tap.queues).map(report).collect()
-}
-
-/// `ask`: where a queue's memory is.
-fn queue_samples(port: &Port, ask: bool) -> Vec<QueueSample> {
-    let sample = |queue: u16, worker: &AtomicU32, counters: Option<&RingCounters>, movable| QueueSample {
-        port: port.id,
-        name: port.name.clone(),
-        queue,
-        worker: worker.load(Ordering::Relaxed) as usize,
-        frames: counters.map_or(0, |c| c.frames.read()),
-        movable,
-        node: None,
-    };
-    match &port.link {
-        PortLink::Guest(guest) => (0u16..)
-            .zip(&guest.pairs)
-            .map(|(n, pair)| {
-                let node = || pair.tx.lock().ring.as_ref().and_then(|ring| ring.node());
-                let sample = sample(n, &pair.tx.worker, pair.tx.counters_if_any(), true);
-                QueueSample { node: ask.then(node).flatten(), ..sample }
-            })
-            .collect(),
-        PortLink::FrontEnd(front) => (0u16..)
-            .zip(&front.pairs)
-            .map(|(n, pair)| sample(n, &pair.rx.worker, pair.rx.counters_if_any(), true))
-            .collect(),
-        PortLink::Tap(tap) => {
-            (0u16..).zip(&tap.queues).map(|(n, tap)| sample(n, &tap.worker, Some(&tap.rx), false)).collect()
-        }
-    }
-}
-
-/// "port/index" of what a worker polls of a port.
-fn polled_by(port: &Port, worker: u32) -> Vec<String> {
-    let name = |index: u16| format!("{}/{index}", port.name);
-    match &port.link {
-        PortLink::Guest(guest) => (0u16..)
-            .zip(&guest.pairs)
-            .filter(|(_, pair)| pair.tx.runs_on(worker))
-            .map(|(n, _)| name(2 * n + 1))
-            .collect(),
-        PortLink::FrontEnd(front) => (0u16..)
-            .zip(&front.pairs)
-            .filter(|(_, pair)| pair.rx.runs_on(worker))
-            .map(|(n, _)| name(2 * n))
-            .collect(),
-        PortLink::Tap(tap) => (0u16..)
-            .zip(&tap.queues)
-            .filter(|(_, queue)| queue.worker.load(Ordering::Relaxed) == worker)
-            .map(|(n, _)| name(n))
-            .collect(),
     }
 }
 

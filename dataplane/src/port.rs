@@ -158,11 +158,6 @@ impl<R> RingSlot<R> {
     pub(crate) fn counters_if_any(&self) -> Option<&RingCounters> {
         self.counters.get().map(|c| &**c)
     }
-
-    /// Whether `worker` polls it, and it runs.
-    pub(crate) fn runs_on(&self, worker: u32) -> bool {
-        self.worker.load(Ordering::Relaxed) == worker && self.lock().ring.is_some()
-    }
 }
 
 impl<R: Source> RingSlot<R> {
