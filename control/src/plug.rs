@@ -353,12 +353,14 @@ impl Plugs {
     /// Takes the steps that have not succeeded yet.
     async fn attach(self: &Arc<Self>, id: &Name, spec: &PlugSpec) -> Result<(), StepError> {
         self.watch_over(spec);
-        let again = matches!(self.table.look(id), Some((_, Some(_), _)));
-        if !again {
-            let ports = self.steps.attach(id, spec).await?;
-            self.table.attached(id, ports);
-        }
-        if self.steps.join(id, spec).await? && again {
+        let attached = self.table.look(id).and_then(|(_, ports, _)| ports);
+        let again = attached.is_some();
+        let ports = match attached {
+            Some(ports) => ports,
+            None => self.steps.attach(id, spec).await?,
+        };
+        self.table.attached(id, ports.clone());
+        if self.steps.join(id, spec, &ports).await? && again {
             tracing::warn!(plug = %id, "somebody else had taken it out of Open vSwitch; put back");
             self.events.publish(EventKind::Repaired, Some(id.as_str()), "put back into Open vSwitch");
         }

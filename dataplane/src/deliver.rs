@@ -292,7 +292,7 @@ impl Deliverer {
         if self.plain {
             return self.write(queue, burst, select);
         }
-        self.offloaded(port, tap.accepts, burst, select, |own, burst, select| {
+        self.offloaded(port, tap.accepts(), burst, select, |own, burst, select| {
             own.write(queue, burst, select);
         });
     }
@@ -432,7 +432,7 @@ mod tests {
             mtu: AtomicU16::new(1500),
             fdb_max: 1,
             counters: RingCounters::default(),
-            link: PortLink::Tap(Tap { accepts, queues: Box::new([queue]) }),
+            link: PortLink::Tap(Tap::new(accepts, true, Box::new([queue]))),
         };
         (port, other)
     }

@@ -256,6 +256,16 @@ impl Dataplane {
         Sample { cycles: sys::clock::cycles(), busy, nodes, queues }
     }
 
+    /// Whether checksums and segmentation may from now on be left to who takes frames from a TAP. The kernel does what is left
+    /// to it; a program that reads packets from the device instead (AF_PACKET), as Open vSwitch's datapath in user space
+    /// does, gets frames without their virtio-net header, so nothing may be missing in them. False if there is no such TAP.
+    pub fn leave_offloads(&self, id: PortId, leave: bool) -> bool {
+        let Some(port) = self.state().ports.get(&id).map(|entry| entry.port.clone()) else { return false };
+        let PortLink::Tap(tap) = &port.link else { return false };
+        tap.leave_offloads(leave);
+        true
+    }
+
     /// Lets another worker poll a queue of a guest or back end from now on; no frame is lost or overtaken. False if there is no
     /// such port, queue or worker, or it is there already.
     pub fn move_queue(&self, to: &Move) -> bool {
@@ -329,7 +339,7 @@ impl Dataplane {
                 deal(&mut front.pairs.iter().map(|pair| &pair.rx.worker));
                 Ok((PortLink::FrontEnd(front), Some(endpoint)))
             }
-            Link::Tap { queues } => {
+            Link::Tap { queues, offloads: leave } => {
                 let mut offloads = TAP_OFFLOADS;
                 for queue in &queues {
                     offloads &= queue.set_offload(TAP_OFFLOADS).map_err(|cause| Error::System {
@@ -344,7 +354,7 @@ impl Dataplane {
                     tx: RingCounters::default(),
                 };
                 let queues = queues.into_iter().map(queue).collect();
-                Ok((PortLink::Tap(Tap { accepts: tap_accepts(offloads), queues }), None))
+                Ok((PortLink::Tap(Tap::new(tap_accepts(offloads), leave, queues)), None))
             }
         }
     }
@@ -549,6 +559,17 @@ mod tests {
         drop(plane);
         assert!(ports.iter().all(|port| port.upgrade().is_none()));
         assert!(networks.iter().all(|network| network.upgrade().is_none()));
+    }
+
+    #[test]
+    fn offloads_are_left_to_the_kernel_behind_a_tap_when_it_takes_the_frames() {
+        let kernel = tap_accepts(TAP_OFFLOADS);
+        let tap = Tap::new(kernel, false, Box::new([]));
+        assert_eq!(tap.accepts(), Offloads::NONE);
+        tap.leave_offloads(true);
+        assert_eq!(tap.accepts(), kernel);
+        tap.leave_offloads(false);
+        assert_eq!(tap.accepts(), Offloads::NONE);
     }
 
     #[test]

@@ -363,9 +363,31 @@ impl FrontEnd {
 
 /// A TAP's queues. Reads and writes of one frame are atomic in the kernel, so queues need no lock.
 pub(crate) struct Tap {
-    /// What the kernel behind it does for us.
-    pub(crate) accepts: Offloads,
+    /// What the kernel behind it can do for us.
+    kernel: Offloads,
+    /// What is left to it: bits of [`Offloads`].
+    accepts: AtomicU8,
     pub(crate) queues: Box<[TapPort]>,
+}
+
+impl Tap {
+    pub(crate) fn new(kernel: Offloads, offloads: bool, queues: Box<[TapPort]>) -> Self {
+        let tap = Self { kernel, accepts: AtomicU8::default(), queues };
+        tap.leave_offloads(offloads);
+        tap
+    }
+
+    /// Leaves to the kernel what it can do, or nothing.
+    pub(crate) fn leave_offloads(&self, leave: bool) {
+        let accepts = if leave { self.kernel } else { Offloads::NONE };
+        self.accepts.store(accepts.bits(), Ordering::Relaxed);
+    }
+
+    /// What frames may ask for.
+    #[inline]
+    pub(crate) fn accepts(&self) -> Offloads {
+        Offloads::from_bits(self.accepts.load(Ordering::Relaxed))
+    }
 }
 
 /// One queue of a TAP.

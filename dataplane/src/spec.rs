@@ -70,5 +70,8 @@ pub enum Link {
     Tap {
         /// Its queues, open and with a 12-byte vnet header.
         queues: Vec<TapQueue>,
+        /// Whether checksums and segmentation may be left to who takes the frames; see
+        /// [`Dataplane::leave_offloads`](crate::Dataplane::leave_offloads).
+        offloads: bool,
     },
 }

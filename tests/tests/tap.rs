@@ -23,7 +23,7 @@ fn frames_wake_a_tap_that_rests() -> Result<()> {
         return Ok(());
     }
     let plane = Plane::start()?;
-    let link = Link::Tap { queues: vec![TapQueue::create("tap0", false)?] };
+    let link = Link::Tap { queues: vec![TapQueue::create("tap0", false)?], offloads: true };
     plane.dataplane().add_port(PortSpec { name: "tap0".into(), network: "net".into(), mtu: 1500, link })?;
     ensure!(Command::new("sh").args(["-e", "-c", SETUP]).status()?.success());
     plane.add(PortPlan::new("guest", "net"))?;

@@ -56,7 +56,7 @@ fn datagrams_of_guest_and_host_in_one_piece() -> Result<()> {
 fn add_tap(plane: &Plane) -> Result<bool> {
     let queue = TapQueue::create("tap0", false)?;
     let offloads = queue.set_offload(TUN_F_CSUM | TUN_F_USO4 | TUN_F_USO6)?;
-    let link = Link::Tap { queues: vec![queue] };
+    let link = Link::Tap { queues: vec![queue], offloads: true };
     plane.dataplane().add_port(PortSpec { name: "tap0".into(), network: "uso".into(), mtu: 1500, link })?;
     let (host, guest) = (Mac::new(HOST), Mac::new(GUEST));
     let script = format!(

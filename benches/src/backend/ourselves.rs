@@ -69,7 +69,7 @@ fn served(socket: PathBuf) -> Link {
 }
 
 fn opened(tap: &str) -> Result<Link> {
-    Ok(Link::Tap { queues: vec![TapQueue::create(tap, false)?] })
+    Ok(Link::Tap { queues: vec![TapQueue::create(tap, false)?], offloads: true })
 }
 
 /// Joins ports to a network, and forwards between them until whoever started the program is gone.

@@ -19,7 +19,7 @@ pub(super) async fn ensure(
         host.ensure_idle_macvtap(&wanted).await?;
         return Ok(None);
     }
-    Ok(Some(Link::Tap { queues: host.ensure_macvtap(&wanted).await?.queues }))
+    Ok(Some(Link::Tap { queues: host.ensure_macvtap(&wanted).await?.queues, offloads: true }))
 }
 
 /// Removes the macvtap if it is ours.

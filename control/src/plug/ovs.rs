@@ -111,6 +111,13 @@ impl OpenVSwitch {
         Ok(self.switch.ensure_port(&port).await?)
     }
 
+    /// Whether the kernel takes frames from the bridge's TAPs, and does what is left to it. ovs-vswitchd, when it forwards
+    /// itself, reads packets without what else belongs to them.
+    pub(super) async fn is_forwarded_by_kernel(&self, ovs: &Ovs) -> Result<bool, StepError> {
+        let kind = self.switch.datapath_type(ovs.bridge.as_str()).await?;
+        Ok(kind.as_deref() == Some(ovsdb::DatapathType::System.name()))
+    }
+
     /// Removes the plug's port.
     pub(super) async fn remove_port(&self, id: &Name, ovs: &Ovs) -> Result<(), StepError> {
         if ovs.makes_port() {

@@ -182,11 +182,15 @@ impl Steps {
 
     /// Takes the steps that others have a part in, once the ports are there: a switch that does not answer keeps no port
     /// waiting that it serves already. True if something was missing.
-    pub(super) async fn join(&self, id: &Name, spec: &PlugSpec) -> Result<bool, StepError> {
-        match spec.ovs() {
-            Some(ovs) => self.ovs.ensure(&self.host, id, spec, ovs).await,
-            None => Ok(false),
+    pub(super) async fn join(&self, id: &Name, spec: &PlugSpec, ports: &[PortId]) -> Result<bool, StepError> {
+        let Some(ovs) = spec.ovs() else { return Ok(false) };
+        let changed = self.ovs.ensure(&self.host, id, spec, ovs).await?;
+        let by_kernel = self.ovs.is_forwarded_by_kernel(ovs).await?;
+        for port in ports {
+            // Other ports than TAPs have agreed on offloads with their other side.
+            self.dataplane.leave_offloads(*port, by_kernel);
         }
+        Ok(changed)
     }
 
     /// Whether somebody else has undone a step of [`join`](Self::join).

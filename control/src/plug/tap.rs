@@ -16,7 +16,9 @@ pub(super) async fn ensure(
 ) -> Result<Option<Link>, StepError> {
     let tap = tap_spec(id, spec, to);
     let Some(guest) = spec.kernel_guest() else {
-        return Ok(Some(Link::Tap { queues: host.ensure_tap(&tap).await?.queues }));
+        // What forwards in Open vSwitch is known, and told, when the port is in there.
+        let offloads = !matches!(to, To::Ovs(_));
+        return Ok(Some(Link::Tap { queues: host.ensure_tap(&tap).await?.queues, offloads }));
     };
     if guest.make_tap {
         host.ensure_idle_tap(&tap).await?;

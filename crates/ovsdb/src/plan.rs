@@ -102,6 +102,12 @@ impl Found {
         self.port.as_ref().and_then(|port| value::pairs(port, "external_ids").remove(PORT_MARK))
     }
 
+    /// What forwards for the bridge that is there.
+    pub(crate) fn datapath_type(&self) -> Option<&str> {
+        let kind = value::text(self.bridge.as_ref()?, "datapath_type").filter(|kind| !kind.is_empty());
+        Some(kind.unwrap_or_else(|| DatapathType::System.name()))
+    }
+
     /// Whether the switch has a device open that had the name before. It lets go of one only if the port is away for a whole
     /// configuration, and shows nothing of it: not even `Interface.ifindex` can be trusted, which is looked up by name. So
     /// the number is kept with the port.
@@ -119,10 +125,8 @@ impl Found {
 
 /// What it takes to have the bridge, and how to name it in the same transaction.
 pub(crate) fn bridge_operations(found: &Found, spec: &PortSpec) -> Result<(Value, Vec<Value>), Error> {
-    if let Some(row) = &found.bridge {
+    if let (Some(row), Some(kind)) = (&found.bridge, found.datapath_type()) {
         let uuid = value::uuids(row, "_uuid").pop().unwrap_or_default();
-        let kind = value::text(row, "datapath_type").filter(|kind| !kind.is_empty());
-        let kind = kind.unwrap_or_else(|| DatapathType::System.name());
         return match spec.datapath_type {
             Some(wanted) if wanted.name() != kind => Err(Error::DatapathType {
                 bridge: spec.bridge.clone(),

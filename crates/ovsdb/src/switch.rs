@@ -51,6 +51,14 @@ impl Switch {
         Ok(self.look("", bridge).await?.bridge.is_some())
     }
 
+    /// What forwards for the bridge, as `system` or `netdev`; `None` if there is no such bridge.
+    ///
+    /// # Errors
+    /// Those of a connection.
+    pub async fn datapath_type(&self, bridge: &str) -> Result<Option<String>, Error> {
+        Ok(self.look("", bridge).await?.datapath_type().map(Into::into))
+    }
+
     /// Makes the bridge of such a port if it is not there. False if it was.
     ///
     /// # Errors
