@@ -105,6 +105,17 @@ pub enum Error {
         /// Whose it is.
         owner: String,
     },
+    /// The logical port is somebody else's.
+    #[error(
+        "logical port {iface_id} is port {port} already, which was not made by vhostd: remove that (ovs-vsctl del-port \
+         {port}), or give another iface-id"
+    )]
+    LogicalPort {
+        /// `external_ids:iface-id`.
+        iface_id: String,
+        /// The port that bears it.
+        port: String,
+    },
     /// Somebody else changes the same rows all the time.
     #[error(
         "{port} cannot be changed in Open vSwitch's database ({cause}): try again, if somebody else changes it, too"
@@ -130,6 +141,12 @@ impl Error {
 
     /// True if what was asked for belongs to somebody else, or is something else.
     pub fn is_conflict(&self) -> bool {
-        matches!(self, Self::DatapathType { .. } | Self::OtherBridge { .. } | Self::OtherOwner { .. })
+        matches!(
+            self,
+            Self::DatapathType { .. }
+                | Self::OtherBridge { .. }
+                | Self::OtherOwner { .. }
+                | Self::LogicalPort { .. }
+        )
     }
 }

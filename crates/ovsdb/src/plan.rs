@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use serde_json::{Value, json};
+use uuid::{Uuid, uuid};
 
 use crate::Error;
 use crate::value::{self, Row};
@@ -18,6 +19,10 @@ const DEVICE_MARK: &str = "vhostd-ifindex";
 
 /// Frames tagged with this VLAN go nowhere: Neutron's "dead VLAN", which a port is in until an agent has set it up.
 const DEAD_VLAN: u16 = 4095;
+
+/// A port's row in table QoS bears, as `id`, its name's UUID of version 5 in this namespace: os-vif's, so that either finds
+/// what the other has left.
+const QOS_NAMESPACE: Uuid = uuid!("68da264a-847f-42a8-8ab0-5e774aee3d95");
 
 /// Where a bridge's frames are forwarded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,6 +73,8 @@ pub struct PortSpec {
     pub mtu: Option<u16>,
     /// Whether a port that is made starts in the dead VLAN.
     pub isolated: bool,
+    /// QoS.type of a port that is made; `None`: it has no row in that table. A port that is there keeps what it has.
+    pub qos: Option<String>,
     /// What the switch is to open.
     pub device: Device,
 }
@@ -92,6 +99,8 @@ pub(crate) struct Found {
     pub(crate) interface: Option<Row>,
     /// Name of the bridge that the port is in.
     pub(crate) port_bridge: Option<String>,
+    /// Whether there is a row of table QoS for a port of that name.
+    pub(crate) has_qos: bool,
     /// The configuration's generation (`next_cfg`).
     pub(crate) generation: i64,
 }
@@ -196,12 +205,22 @@ fn new_port(bridge: &Value, spec: &PortSpec) -> Vec<Value> {
     if let Some(mtu) = spec.mtu {
         interface["mtu_request"] = mtu.into();
     }
+    // Transient: `ovs-ctl --delete-transient-ports` takes it out when the host starts, before its device is there again and
+    // whether its plug is still wanted is known. We put back what is.
     let mut port = json!({"name": spec.name, "interfaces": value::named("interface"),
-                          "external_ids": pairs(&marks(spec))});
+                          "external_ids": pairs(&marks(spec)),
+                          "other_config": value::map([("transient", "true")])});
     if spec.isolated {
         port["tag"] = DEAD_VLAN.into();
         port["vlan_mode"] = "trunk".into();
         port["trunks"] = DEAD_VLAN.into();
+    }
+    let mut operations = vec![delete_qos(&spec.name)];
+    if let Some(kind) = &spec.qos {
+        let ids = value::map([("id", qos_id(&spec.name).as_str()), ("_type", kind)]);
+        operations.push(json!({"op": "insert", "table": "QoS", "uuid-name": "qos",
+                               "row": {"type": kind, "external_ids": ids}}));
+        port["qos"] = value::named("qos");
     }
     // Aborts the transaction if the bridge has gone meanwhile: a port in no bridge would be made and lost in silence.
     let guard = |uuid: &Value| {
@@ -210,15 +229,38 @@ fn new_port(bridge: &Value, spec: &PortSpec) -> Vec<Value> {
     };
     let there = bridge.get(0).is_some_and(|tag| tag == "uuid");
     let whose = if there { json!(["_uuid", "==", bridge]) } else { json!(["name", "==", spec.bridge]) };
-    there
-        .then(|| guard(bridge))
-        .into_iter()
-        .chain([
-            json!({"op": "insert", "table": "Interface", "uuid-name": "interface", "row": interface}),
-            json!({"op": "insert", "table": "Port", "uuid-name": "port", "row": port}),
-            mutate("Bridge", &[whose], "ports", "insert", &value::set([value::named("port")])),
-        ])
-        .collect()
+    operations.extend(there.then(|| guard(bridge)));
+    operations.extend([
+        json!({"op": "insert", "table": "Interface", "uuid-name": "interface", "row": interface}),
+        json!({"op": "insert", "table": "Port", "uuid-name": "port", "row": port}),
+        mutate("Bridge", &[whose], "ports", "insert", &value::set([value::named("port")])),
+    ]);
+    operations
+}
+
+/// What it takes to be rid of a port. One that no bridge has is gone, and so is its interface (their tables are not roots,
+/// RFC 7047 §3.2); table QoS is one.
+pub(crate) fn removal(bridge: &str, port: &str, uuid: &str) -> Vec<Value> {
+    let uuid = value::uuid(uuid);
+    vec![
+        json!({"op": "update", "table": "Port", "where": [["_uuid", "==", uuid]], "row": {"qos": ["set", []]}}),
+        mutate("Bridge", &[json!(["name", "==", bridge])], "ports", "delete", &value::set([uuid])),
+        delete_qos(port),
+    ]
+}
+
+/// Removes what is in table QoS for the port of that name.
+pub(crate) fn delete_qos(port: &str) -> Value {
+    json!({"op": "delete", "table": "QoS", "where": [of_port(port)]})
+}
+
+/// The condition for rows of table QoS that are for the port of that name.
+pub(crate) fn of_port(port: &str) -> Value {
+    json!(["external_ids", "includes", value::map([("id", qos_id(port).as_str())])])
+}
+
+fn qos_id(port: &str) -> String {
+    Uuid::new_v5(&QOS_NAMESPACE, port.as_bytes()).to_string()
 }
 
 /// Sets the pairs that are not so, and leaves others alone.
@@ -299,6 +341,7 @@ mod tests {
             interface: row(json!({"_uuid": value::uuid("i"), "type": "", "mtu_request": 1450, "ofport": 1,
                                   "external_ids": value::map([("iface-id", "lsp1"), ("ovn-installed", "true")])})),
             port_bridge: Some("br0".into()),
+            has_qos: false,
             generation: 1,
         }
     }
@@ -320,13 +363,25 @@ mod tests {
         let new = kinds(&Found::default(), &spec());
         let bridge = ["insert Interface", "insert Port", "insert Bridge", "mutate Open_vSwitch"];
         assert_eq!(new[..4], bridge);
-        assert_eq!(new[4..], ["insert Interface", "insert Port", "mutate Bridge"]);
+        assert_eq!(new[4..], ["delete QoS", "insert Interface", "insert Port", "mutate Bridge"]);
         // Into a bridge that is there only while it is.
         let bridge = Found { bridge: there().bridge, ..Found::default() };
-        let port = ["wait Bridge", "insert Interface", "insert Port", "mutate Bridge"];
+        let port = ["delete QoS", "wait Bridge", "insert Interface", "insert Port", "mutate Bridge"];
         assert_eq!(kinds(&bridge, &spec()), port);
         let isolated = PortSpec { isolated: true, ..spec() };
-        assert_eq!(port_operations(&bridge, &isolated).unwrap()[2]["row"]["tag"], 4095);
+        assert_eq!(port_operations(&bridge, &isolated).unwrap()[3]["row"]["tag"], 4095);
+        let shaped = PortSpec { qos: Some("linux-noop".into()), ..spec() };
+        let operations = port_operations(&bridge, &shaped).unwrap();
+        assert_eq!(
+            (&operations[1]["table"], &operations[1]["row"]["type"]),
+            (&json!("QoS"), &json!("linux-noop"))
+        );
+        assert_eq!(operations[4]["row"]["qos"], json!(["named-uuid", "qos"]));
+    }
+
+    #[test]
+    fn a_ports_quality_of_service_bears_the_id_that_os_vif_gives_it() {
+        assert_eq!(qos_id("tapdc065497-3c"), "58b25a10-7b82-5385-9020-a2e650c6b0da");
     }
 
     #[test]

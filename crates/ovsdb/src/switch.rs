@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tracing::info;
 
-use crate::plan::{BRIDGE_MARK, Found, PortSpec, bridge_operations, mutate, opened, port_operations};
+use crate::plan::{self, BRIDGE_MARK, Found, PortSpec, bridge_operations, mutate, opened, port_operations};
 use crate::value::{self, Row};
 use crate::{Client, Error};
 
@@ -22,6 +22,18 @@ const ATTEMPTS: u32 = 5;
 #[derive(Debug)]
 pub struct Switch {
     client: Client,
+}
+
+/// OVS's port types by which it is the back end of a vhost-user socket that it connects to.
+const VHOST_USER: &str = "dpdkvhostuserclient";
+
+/// What can be had of a switch and of one of its bridges.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Means {
+    /// Whether the bridge forwards in user space; `None`: there is no such bridge.
+    pub netdev: Option<bool>,
+    /// Whether the switch has DPDK running, and ports of type `dpdkvhostuserclient` with it.
+    pub vhost_user: bool,
 }
 
 /// What became of a change.
@@ -59,6 +71,26 @@ impl Switch {
         Ok(self.look("", bridge).await?.datapath_type().map(Into::into))
     }
 
+    /// What can be had of the switch and of this bridge.
+    ///
+    /// # Errors
+    /// Those of a connection; [`Error::Refused`] before Open vSwitch 2.10, which does not tell.
+    pub async fn means(&self, bridge: &str) -> Result<Means, Error> {
+        let operations = vec![
+            select("Bridge", &json!(["name", "==", bridge]), &["datapath_type"]),
+            json!({"op": "select", "table": "Open_vSwitch", "where": [],
+                   "columns": ["dpdk_initialized", "iface_types"]}),
+        ];
+        let answers = self.client.transact(operations, Duration::ZERO).await?;
+        let first = |index: usize| answers.get(index).and_then(|answer| rows(answer).into_iter().next());
+        let netdev = |row: Row| value::text(&row, "datapath_type") == Some("netdev");
+        let vhost_user = |row: Row| {
+            value::flag(&row, "dpdk_initialized") == Some(true)
+                && value::texts(&row, "iface_types").iter().any(|kind| kind == VHOST_USER)
+        };
+        Ok(Means { netdev: first(0).map(netdev), vhost_user: first(1).is_some_and(vhost_user) })
+    }
+
     /// Makes the bridge of such a port if it is not there. False if it was.
     ///
     /// # Errors
@@ -88,7 +120,7 @@ impl Switch {
     /// switch has the port open. False if nothing was changed.
     ///
     /// # Errors
-    /// [`Error::DatapathType`], [`Error::OtherBridge`], [`Error::OtherOwner`]; [`Error::Port`],
+    /// [`Error::DatapathType`], [`Error::OtherBridge`], [`Error::OtherOwner`], [`Error::LogicalPort`]; [`Error::Port`],
     /// [`Error::Unapplied`]: the rows stay then; those of a connection.
     pub async fn ensure_port(&self, spec: &PortSpec) -> Result<bool, Error> {
         let (name, mut changed, mut cause) = (&spec.name, false, String::new());
@@ -105,6 +137,7 @@ impl Switch {
                 return Ok(changed);
             }
             if found.port.is_none() {
+                self.free_logical_port(spec).await?;
                 // A port of this name that went just now has to be gone for the switch, too, before it comes again.
                 self.wait_until_applied(name, found.generation, APPLY_LIMIT).await?;
             }
@@ -133,6 +166,10 @@ impl Switch {
     /// Those of a connection.
     pub async fn remove_port(&self, bridge: &str, name: &str, owner: &str) -> Result<bool, Error> {
         let found = self.look(name, bridge).await?;
+        if found.port.is_none() && found.has_qos {
+            // Somebody else removed the port, and left this.
+            self.client.transact(vec![plan::delete_qos(name)], Duration::ZERO).await?;
+        }
         if found.owner().as_deref() != Some(owner) || found.port_bridge.as_deref() != Some(bridge) {
             return Ok(false);
         }
@@ -147,9 +184,7 @@ impl Switch {
     /// # Errors
     /// Those of a connection.
     pub async fn remove_bridge(&self, bridge: &str, given_up: bool) -> Result<bool, Error> {
-        let columns = json!(["_uuid", "ports", "external_ids"]);
-        let select =
-            json!({"op": "select", "table": "Bridge", "where": [["name", "==", bridge]], "columns": columns});
+        let select = select("Bridge", &json!(["name", "==", bridge]), &["_uuid", "ports", "external_ids"]);
         let answers = self.client.transact(vec![select], Duration::ZERO).await?;
         let Some(row) = answers.first().and_then(|answer| rows(answer).into_iter().next()) else {
             return Ok(false);
@@ -179,11 +214,7 @@ impl Switch {
             let Some(port) = found.port.as_ref().and_then(|port| value::uuids(port, "_uuid").pop()) else {
                 return Ok(());
             };
-            // A port that no bridge has is gone, and so is its interface (their tables are not roots, RFC 7047 §3.2).
-            let whose = [json!(["name", "==", bridge])];
-            let operations =
-                vec![mutate("Bridge", &whose, "ports", "delete", &value::set([value::uuid(&port)]))];
-            match self.commit(operations).await? {
+            match self.commit(plan::removal(bridge, name, &port)).await? {
                 Commit::Done(generation) => return self.wait_until_released(name, generation).await,
                 Commit::Lost(why) => cause = why,
             }
@@ -191,27 +222,46 @@ impl Switch {
         Err(Error::Raced { port: name.into(), cause })
     }
 
+    /// Removes another port that an earlier plug has left under the same logical port: OVN would bind either.
+    async fn free_logical_port(&self, spec: &PortSpec) -> Result<(), Error> {
+        let Some(iface_id) = spec.external_ids.get("iface-id") else { return Ok(()) };
+        let whose = json!(["external_ids", "includes", value::map([("iface-id", iface_id.as_str())])]);
+        let answers =
+            self.client.transact(vec![select("Interface", &whose, &["name"])], Duration::ZERO).await?;
+        for row in answers.first().map(rows).unwrap_or_default() {
+            let Some(port) = value::text(&row, "name").filter(|name| *name != spec.name) else { continue };
+            let found = self.look(port, "").await?;
+            match (found.owner(), found.port_bridge) {
+                (Some(owner), Some(bridge)) => {
+                    self.remove(&bridge, port).await?;
+                    info!(port, bridge, owner, iface_id, "port of Open vSwitch that was left removed");
+                }
+                _ => return Err(Error::LogicalPort { iface_id: iface_id.clone(), port: port.into() }),
+            }
+        }
+        Ok(())
+    }
+
     async fn look(&self, port: &str, bridge: &str) -> Result<Found, Error> {
-        let select = |table: &str, name: &str, columns: &[&str]| {
-            let whose = json!([["name", "==", name]]);
-            json!({"op": "select", "table": table, "where": whose, "columns": columns})
-        };
+        let named = |name: &str| json!(["name", "==", name]);
         let interface =
             ["_uuid", "type", "options", "external_ids", "mtu_request", "ofport", "error", "ifindex"];
         let operations = vec![
-            select("Bridge", bridge, &["_uuid", "datapath_type", "external_ids"]),
-            select("Port", port, &["_uuid", "interfaces", "external_ids"]),
-            select("Interface", port, &interface),
+            select("Bridge", &named(bridge), &["_uuid", "datapath_type"]),
+            select("Port", &named(port), &["_uuid", "external_ids"]),
+            select("Interface", &named(port), &interface),
+            select("QoS", &plan::of_port(port), &["_uuid"]),
             json!({"op": "select", "table": "Open_vSwitch", "where": [], "columns": ["next_cfg"]}),
         ];
         let answers = self.client.transact(operations, Duration::ZERO).await?;
         let mut first = answers.iter().map(|answer| rows(answer).into_iter().next());
         let mut next = || first.next().flatten();
         let mut found = Found { bridge: next(), port: next(), interface: next(), ..Found::default() };
+        found.has_qos = next().is_some();
         found.generation = next().and_then(|root| value::integer(&root, "next_cfg")).unwrap_or_default();
         if let Some(uuid) = found.port.as_ref().and_then(|port| value::uuids(port, "_uuid").pop()) {
-            let holder = json!({"op": "select", "table": "Bridge", "columns": ["name"],
-                                "where": [["ports", "includes", value::set([value::uuid(&uuid)])]]});
+            let whose = json!(["ports", "includes", value::set([value::uuid(&uuid)])]);
+            let holder = select("Bridge", &whose, &["name"]);
             let answers = self.client.transact(vec![holder], Duration::ZERO).await?;
             let holder = answers.first().and_then(|answer| rows(answer).into_iter().next());
             found.port_bridge = holder.and_then(|row| value::text(&row, "name").map(Into::into));
@@ -261,6 +311,11 @@ impl Switch {
             applied => applied,
         }
     }
+}
+
+/// The operation that gives these columns of the rows for which a condition holds.
+fn select(table: &str, whose: &Value, columns: &[&str]) -> Value {
+    json!({"op": "select", "table": table, "where": [whose], "columns": columns})
 }
 
 fn rows(answer: &Row) -> Vec<Row> {

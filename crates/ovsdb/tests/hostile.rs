@@ -48,7 +48,7 @@ async fn read_request(stream: &mut UnixStream) -> Value {
 
 fn empty_answer(id: &Value) -> Value {
     let none = json!({"rows": []});
-    json!({"id": id, "error": null, "result": [none, none, none, none]})
+    json!({"id": id, "error": null, "result": [none, none, none, none, none]})
 }
 
 #[tokio::test]
@@ -84,7 +84,7 @@ async fn what_is_no_answer_is_an_error_that_says_what_it_is() {
 async fn rows_that_make_no_sense_are_rows_that_are_not_there() {
     for odd in [json!({}), json!({"rows": 7}), json!({"rows": [7, []]}), json!({"rows": {"a": 1}})] {
         let answer = asked(move |mut stream, request| {
-            let answer = json!({"id": request["id"], "error": null, "result": [odd, odd, odd, odd]});
+            let answer = json!({"id": request["id"], "error": null, "result": [odd, odd, odd, odd, odd]});
             async move {
                 stream.write_all(answer.to_string().as_bytes()).await.unwrap();
                 let _ = stream.read_buf(&mut Vec::new()).await;
