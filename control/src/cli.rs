@@ -11,7 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::names::{ExternalId, IpPrefix, Mac, Name, SocketPath};
 use crate::problem::Problem;
 use crate::spec::{
-    AntiSpoof, Bridge, MTU_RANGE, Macvtap, Ovs, PlugSpec, QUEUES_RANGE, Role, Socket, Tap, To,
+    AntiSpoof, Attach, Bridge, MTU_RANGE, Macvtap, Ovs, PlugSpec, QUEUES_RANGE, Role, Socket, Tap, To,
 };
 use crate::status::Phase;
 
@@ -188,6 +188,9 @@ pub struct PlugArgs {
     /// With ovs:BR, the logical port in OVN or Neutron that it is
     #[arg(long, value_name = "ID", conflicts_with = "file")]
     pub iface_id: Option<ExternalId>,
+    /// With ovs:BR, what joins it with the switch [default: vhost-user if that has DPDK, else a TAP]
+    #[arg(long, value_enum, value_name = "HOW", conflicts_with = "file")]
+    pub attach: Option<Attach>,
     /// The guest's address
     #[arg(long, value_name = "MAC", conflicts_with = "file")]
     pub mac: Option<Mac>,
@@ -261,13 +264,16 @@ impl PlugArgs {
         // The grammar takes one of them at the most.
         let asked = sockets.into_iter().find_map(|(role, path)| Some((role, path.clone()?)));
         let mut to = self.to.clone().map(|to| to.0);
-        if let Some(id) = &self.iface_id {
-            let Some(To::Ovs(ovs)) = &mut to else {
-                return Err(Problem::invalid(format!(
-                    "--iface-id {id} is for a port of Open vSwitch: give --to ovs:BR"
-                )));
-            };
-            ovs.iface_id = Some(id.clone());
+        match (&mut to, &self.iface_id, self.attach) {
+            (Some(To::Ovs(ovs)), iface_id, attach) => {
+                ovs.iface_id.clone_from(iface_id);
+                ovs.attach = attach;
+            }
+            (_, None, None) => {}
+            _ => {
+                let problem = "--iface-id and --attach are for a port of Open vSwitch: give --to ovs:BR";
+                return Err(Problem::invalid(problem));
+            }
         }
         Ok(PlugSpec {
             network: self.network.clone(),

@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer};
 
 use crate::cli::{self, CpuList, PollMode, ServeArgs};
+use crate::names::{IFNAME_BYTES_MAX, PATH_BYTES_MAX};
 use crate::spec::DatapathType;
 
 /// Read if no other is named.
@@ -111,7 +112,23 @@ pub struct OvsConfig {
     pub database: ovsdb::Address,
     /// What bridges are made as that a plug does not say it of; left out: in the kernel if that can.
     pub datapath_type: Option<DatapathType>,
+    /// Directory of the sockets that join us with ovs-vswitchd by vhost-user; made if it is not there.
+    #[serde(deserialize_with = "socket_dir")]
+    pub socket_dir: PathBuf,
+    /// Whether new ports with an iface-id start in the dead VLAN.
+    pub isolate: bool,
+    /// Whether new ports that are a guest's card get a bridge of their own.
+    pub per_port_bridge: bool,
+    /// Type of the row in table QoS that new ports with a device in the kernel get; `none`: they get none.
+    #[serde(deserialize_with = "qos_type")]
+    pub qos_type: Option<String>,
 }
+
+/// Values of `QoS.type` (ovs-vswitchd.conf.db(5)) for devices in the kernel.
+const QOS_TYPES: [&str; 6] =
+    ["linux-htb", "linux-hfsc", "linux-sfq", "linux-codel", "linux-fq_codel", "linux-noop"];
+/// Bytes that a directory leaves of a socket's path for a port's name.
+const SOCKET_DIR_BYTES_MAX: usize = PATH_BYTES_MAX - 1 - IFNAME_BYTES_MAX;
 
 /// `[log]`
 #[derive(Debug, Deserialize)]
@@ -166,7 +183,15 @@ impl Default for SocketsConfig {
 
 impl Default for OvsConfig {
     fn default() -> Self {
-        Self { database: ovsdb::Address::Unix("/run/openvswitch/db.sock".into()), datapath_type: None }
+        Self {
+            database: ovsdb::Address::Unix("/run/openvswitch/db.sock".into()),
+            datapath_type: None,
+            socket_dir: "/run/vhostd/ovs".into(),
+            isolate: false,
+            per_port_bridge: false,
+            // The one that leaves the device alone: without a row Open vSwitch takes its queueing discipline away.
+            qos_type: Some("linux-noop".into()),
+        }
     }
 }
 
@@ -217,6 +242,27 @@ fn address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ovsdb::Address,
     String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
 }
 
+fn socket_dir<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    if text.starts_with('/') && text.len() <= SOCKET_DIR_BYTES_MAX {
+        return Ok(text.into());
+    }
+    let bounds = format_args!("{text:?} is not an absolute path of at most {SOCKET_DIR_BYTES_MAX} bytes");
+    Err(serde::de::Error::custom(bounds))
+}
+
+fn qos_type<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    match text.as_str() {
+        "none" => Ok(None),
+        kind if QOS_TYPES.contains(&kind) => Ok(Some(text)),
+        _ => Err(serde::de::Error::custom(format_args!(
+            "{text:?} is not none or one of {}",
+            QOS_TYPES.join(", ")
+        ))),
+    }
+}
+
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     cli::duration(&String::deserialize(deserializer)?).map_err(serde::de::Error::custom)
 }
@@ -264,6 +310,8 @@ mod tests {
             ("[dataplane]\nageing = \"soon\"\n", "soon"),
             ("[log]\nformat = \"xml\"\n", "xml"),
             ("[ovs]\ndatabase = \"/run/db.sock\"\n", "unix:PATH"),
+            ("[ovs]\nsocket_dir = \"run\"\n", "absolute"),
+            ("[ovs]\nqos_type = \"linux-tbf\"\n", "linux-noop"),
             ("no toml", "line 1"),
         ] {
             let error = load(text, ServeArgs::default()).unwrap_err().to_string();

@@ -17,7 +17,7 @@ pub const IFNAME_BYTES_MAX: usize = 15;
 /// Bytes of a value in Open vSwitch's `external_ids`; ours, it has no bound of its own.
 const EXTERNAL_ID_BYTES_MAX: usize = 255;
 /// Bytes in a UNIX socket's path (`sun_path` without the terminating zero).
-const PATH_BYTES_MAX: usize = 107;
+pub const PATH_BYTES_MAX: usize = 107;
 
 /// Why a text is not what it should be.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]

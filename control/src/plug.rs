@@ -183,7 +183,7 @@ impl Plugs {
 
     /// What [`plug`](Self::plug) would say before it does anything, and the steps that it would take then.
     pub async fn plug_dry(&self, id: &Name, spec: PlugSpec) -> Result<(Outcome, Plug), PlugError> {
-        let spec = spec.completed(id)?;
+        let spec = self.resolved(id, spec.completed(id)?).await?;
         if self.table.examine(id, &spec)? == Admission::Present {
             return Ok((Outcome::Unchanged, self.show(id)?));
         }
@@ -311,6 +311,7 @@ impl Plugs {
             self.undo(id, &old).await?;
             self.unplugged(id);
         }
+        let spec = self.resolved(id, spec).await?;
         let step = |cause| PlugError::Step { id: id.clone(), cause };
         match self.table.admit(id, &spec)? {
             Admission::Present => return Ok(Outcome::Unchanged),
@@ -319,10 +320,6 @@ impl Plugs {
                 attached.inspect_err(|cause| self.failed(id, cause.into())).map_err(step)?;
             }
             Admission::New => {
-                if let Err(cause) = self.steps.check(&spec).await {
-                    self.table.remove(id);
-                    return Err(step(cause));
-                }
                 if let Err(error) = self.store.put(id, Record::new(Intent::Plugged, spec.clone())).await {
                     self.table.remove(id);
                     return Err(error.into());
@@ -338,6 +335,17 @@ impl Plugs {
         tracing::info!(plug = %id, "plugged");
         self.events.publish(EventKind::Plugged, Some(id.as_str()), "");
         Ok(Outcome::Created)
+    }
+
+    /// The spec with what it leaves to us filled in: from the record, or for a new plug as things are now.
+    async fn resolved(&self, id: &Name, spec: PlugSpec) -> Result<PlugSpec, PlugError> {
+        match self.table.look(id) {
+            Some((record, ..)) if record.intent == Intent::Plugged => Ok(spec.keeping(&record.spec)),
+            _ => {
+                let failed = |cause| PlugError::Step { id: id.clone(), cause };
+                self.steps.resolve(id, spec).await.map_err(failed)
+            }
+        }
     }
 
     async fn unplug_in_turn(self: &Arc<Self>, id: &Name) -> Result<bool, PlugError> {

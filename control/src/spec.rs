@@ -26,7 +26,7 @@ use self::anti_spoof::ADDRESSES_MAX;
 pub use self::anti_spoof::AntiSpoof;
 pub use self::bridge::Bridge;
 pub use self::macvtap::{Macvtap, MacvtapMode};
-pub use self::ovs::{DatapathType, KernelGuest, Ovs};
+pub use self::ovs::{Attach, DatapathType, KernelGuest, Ovs, SwitchPort};
 pub use self::tap::Tap;
 use crate::names::{IfName, Mac, Name, SocketPath};
 
@@ -160,6 +160,14 @@ pub enum SpecError {
     /// A guest has one card.
     #[error("the TAP is the guest's card (spec.to.guest): leave out the socket")]
     TwoCards,
+    /// It is attached already.
+    #[error(
+        "the TAP is the guest's card (spec.to.guest), nothing else joins it with the switch: leave out attach"
+    )]
+    CardAttached,
+    /// Nobody is to connect to it.
+    #[error("a socket of the switch is for attach vhost_user: leave out spec.to.socket, or ask for that")]
+    StraySocket,
 }
 
 impl SpecError {
@@ -173,6 +181,8 @@ impl SpecError {
             Self::PolicyWithoutGuest | Self::PolicyWithoutMac => Some("spec.anti_spoof"),
             Self::Addresses(_) => Some("spec.anti_spoof.addresses"),
             Self::TwoCards => Some("spec.socket"),
+            Self::CardAttached => Some("spec.to.attach"),
+            Self::StraySocket => Some("spec.to.socket"),
         }
     }
 }
@@ -204,7 +214,10 @@ impl PlugSpec {
         let tap = match &mut self.to {
             None | Some(To::Tap(_)) => return Ok(self),
             Some(To::Bridge(bridge)) => &mut bridge.tap,
-            Some(To::Ovs(ovs)) => &mut ovs.tap,
+            Some(To::Ovs(ovs)) => {
+                ovs.complete(id)?;
+                return Ok(self);
+            }
             Some(To::Macvtap(macvtap)) => &mut macvtap.tap,
         };
         tap.get_or_insert_with(|| tap_name(id));
@@ -226,6 +239,19 @@ impl PlugSpec {
     /// What the dataplane asks of frames from the guest.
     pub fn policy(&self) -> Option<dataplane::Policy> {
         Some(self.anti_spoof.as_ref()?.policy(self.mac?))
+    }
+
+    /// The same, but what was left to the daemon as it is in a plug that is there: what was decided once stays.
+    pub fn keeping(mut self, before: &Self) -> Self {
+        if let (Some(To::Ovs(now)), Some(then)) = (&self.to, before.ovs()) {
+            self.to = Some(To::Ovs(now.clone().keeping(then)));
+        }
+        self
+    }
+
+    /// The sockets that we make or connect to.
+    pub fn sockets(&self) -> impl Iterator<Item = Socket> {
+        self.socket.clone().into_iter().chain(self.ovs().and_then(Ovs::vhost_user))
     }
 
     /// The network's name inside the dataplane. `:` is in no name that people can give.
@@ -324,11 +350,16 @@ fn tap_name(id: &Name) -> IfName {
     if let Ok(name) = readable.parse() {
         return name;
     }
-    // FNV-1a, 64 bits: stable and enough to name things; a collision is found and refused at plug.
+    format!("vhd{}", hashed(id)).parse().expect("fifteen letters and digits are an interface name")
+}
+
+/// Twelve hexadecimal digits of a hash: FNV-1a, 64 bits, is stable and enough to name things; a collision is found and refused
+/// at plug.
+fn hashed(id: &Name) -> String {
     let hash = id.as_str().bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     });
-    format!("vhd{:012x}", hash >> 16).parse().expect("fifteen letters and digits are an interface name")
+    format!("{:012x}", hash >> 16)
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
@@ -404,6 +435,58 @@ mod tests {
     }
 
     #[test]
+    fn what_was_decided_for_a_plug_stays_when_it_is_asked_for_again() {
+        let asked = |to: Value| spec(json!({"socket": listen(), "to": to})).completed(&name("vm1")).unwrap();
+        let record =
+            asked(json!({"kind": "ovs", "bridge": "br0", "attach": "vhost_user", "socket": "/run/o/vhd-vm1",
+                                  "isolated": true}));
+        let again = asked(json!({"kind": "ovs", "bridge": "br0"})).keeping(&record);
+        assert_eq!(again, record);
+        let otherwise = asked(json!({"kind": "ovs", "bridge": "br0", "attach": "tap"})).keeping(&record);
+        assert!(otherwise.differences(&record).contains(&"to.attach".to_owned()));
+        assert_eq!(record.sockets().count(), 2);
+        // A socket of the switch says how it is attached.
+        let named =
+            asked(json!({"kind": "ovs", "bridge": "br0", "socket": "/run/o/vhd-vm1", "isolated": true}));
+        assert_eq!(named, record);
+
+        // One that gets a bridge of its own is made by us in any case.
+        let card = |port_bridge: bool| {
+            let guest = json!({"make_tap": true, "make_port": false});
+            let to = json!({"kind": "ovs", "bridge": "br0", "guest": guest, "per_port_bridge": port_bridge});
+            let spec = spec(json!({"to": to})).completed(&name("vm1")).unwrap();
+            spec.clone().keeping(&spec).kernel_guest().unwrap()
+        };
+        assert_eq!(card(true), KernelGuest { make_tap: true, make_port: true });
+        assert_eq!(card(false), KernelGuest { make_tap: false, make_port: false });
+    }
+
+    #[test]
+    fn a_port_in_a_bridge_of_its_own_is_joined_by_two_patch_ports() {
+        let to = json!({"kind": "ovs", "bridge": "br-int", "tap": "tap1", "per_port_bridge": true});
+        let ports = |id: &str| {
+            let spec = spec(json!({"to": to})).completed(&name(id)).unwrap();
+            let ports = spec.ovs().unwrap().ports(&name(id));
+            ports
+                .into_iter()
+                .map(|port| format!("{} {} {:?}", port.bridge, port.name, port.peer))
+                .collect::<Vec<_>>()
+        };
+        let id = "dc065497-3c8d-4f44-8fb4-e1d33c16a536";
+        let own = "pbdc065497-3c8";
+        assert_eq!(
+            ports(id),
+            [
+                format!("{own} tap1 None"),
+                format!("{own} pbp{id} Some(\"ibp{id}\")"),
+                format!("br-int ibp{id} Some(\"pbp{id}\")")
+            ]
+        );
+        let own = |id: &str| ports(id)[0].split(' ').next().unwrap().to_owned();
+        assert_ne!(own("network-port-000001"), own("network-port-000002"));
+    }
+
+    #[test]
     fn a_macvtap_or_a_tap_may_be_a_guests_card() {
         let to = json!({"kind": "macvtap", "device": "eth1"});
         let joined = spec(json!({"socket": listen(), "to": to})).completed(&name("vm1")).unwrap();
@@ -435,8 +518,21 @@ mod tests {
         let refused = |value| spec(value).completed(&name("vm1")).unwrap_err();
         assert!(matches!(refused(json!({})), SpecError::Empty));
         let card = json!({"make_tap": true, "make_port": true});
-        let two = json!({"socket": listen(), "to": {"kind": "ovs", "bridge": "br-int", "guest": card}});
+        let two =
+            json!({"socket": listen(), "to": {"kind": "ovs", "bridge": "br-int", "guest": card.clone()}});
         assert_eq!(refused(two).field(), Some("spec.socket"));
+        let ovs = |more: Value| {
+            let mut to = json!({"kind": "ovs", "bridge": "br-int"});
+            to.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            json!({"to": to})
+        };
+        let attached = json!({"guest": card, "attach": "tap"});
+        assert_eq!(refused(ovs(attached)).field(), Some("spec.to.attach"));
+        for stray in
+            [json!({"guest": card, "socket": "/run/o"}), json!({"attach": "tap", "socket": "/run/o"})]
+        {
+            assert_eq!(refused(ovs(stray)).field(), Some("spec.to.socket"));
+        }
         let uplink = json!({"kind": "tap", "tap": "tap0"});
         let with_mac = json!({"to": uplink, "mac": "52:54:00:00:00:01"});
         assert!(matches!(refused(with_mac), SpecError::MacWithoutGuest(_)));

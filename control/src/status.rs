@@ -135,9 +135,10 @@ fn missing(spec: &PlugSpec, port: &PortReport) -> Option<Condition> {
         let message = format!("the workers have not taken up port {} yet", port.name);
         return Some(Condition { phase: Phase::Forwarding, whose: Whose::Vhostd, message });
     }
-    let (whose, message) = match (&spec.socket, &port.session) {
-        (Some(socket), Some(session)) => (Whose::FrontEnd, waiting_for_front_end(socket, session)),
-        _ => (Whose::Host, format!("TAP port {} is not open", port.name)),
+    let at = |session: &SessionStatus| spec.sockets().find(|socket| socket.path.as_path() == session.path);
+    let (whose, message) = match port.session.as_ref().and_then(|session| Some((at(session)?, session))) {
+        Some((socket, session)) => (Whose::FrontEnd, waiting_for_front_end(&socket, session)),
+        None => (Whose::Host, format!("TAP port {} is not open", port.name)),
     };
     Some(Condition { phase: Phase::Linked, whose, message })
 }

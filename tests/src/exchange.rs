@@ -19,8 +19,12 @@ const AGAIN: Duration = Duration::from_millis(200);
 
 /// Each guest gets what the other sends, whole.
 pub fn exchange(a: &mut Peer, b: &mut Peer) -> Result<()> {
+    exchange_as(GUESTS, a, b)
+}
+
+/// The same from other addresses.
+pub fn exchange_as([src, dst]: [[u8; 6]; 2], a: &mut Peer, b: &mut Peer) -> Result<()> {
     let oracle = Oracle::new(std::process::id());
-    let [src, dst] = GUESTS;
     let (there, back) = (Flow { id: 0, src, dst }, Flow { id: 1, src: dst, dst: src });
     for (sequence, len) in (0..).zip([60, 64, 590, 1514, 60]) {
         pass(a, b, &oracle.frame(&there, sequence, len))?;

@@ -52,12 +52,18 @@ pub struct Ovs {
 
 /// A host with the switch and the daemon.
 pub fn host() -> Result<(Daemon, Ovs)> {
+    host_with(Dpdk::Off, "")
+}
+
+/// The same, with more lines in the daemon's section `[ovs]`.
+pub fn host_with(dpdk: Dpdk, more: &str) -> Result<(Daemon, Ovs)> {
     let netns = Arc::new(Netns::new()?);
-    let ovs = Ovs::start(&netns, Dpdk::Off)?;
+    let ovs = Ovs::start(&netns, dpdk)?;
     let configuration = format!(
-        "[ovs]\ndatabase = \"unix:{}\"\ndatapath_type = \"{}\"\n",
+        "[ovs]\ndatabase = \"unix:{}\"\ndatapath_type = \"{}\"\nsocket_dir = {:?}\n{more}\n",
         ovs.socket().display(),
-        datapath_type()
+        datapath_type(),
+        ovs.shared()
     );
     Ok((Daemon::start_on(netns, &configuration)?, ovs))
 }
@@ -91,6 +97,11 @@ impl Ovs {
     /// Where OVSDB answers.
     pub fn socket(&self) -> PathBuf {
         self.file("db.sock")
+    }
+
+    /// Where the daemon has the sockets that it shares with the switch.
+    pub fn shared(&self) -> PathBuf {
+        self.file("shared")
     }
 
     /// The namespace that the switch is in.

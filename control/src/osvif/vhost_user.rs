@@ -49,9 +49,12 @@ fn host_side(asked: &vif::Plug, vif: &VhostUserVif, profile: &PortProfile) -> Re
         ProfileKind::FpOpenVSwitch(ovs, _) => {
             Ok(To::Ovs(Ovs { tap: Some(tap()?), ..open_vswitch::port(asked, ovs)? }))
         }
-        // os-vif's own plug-in makes up a name here and does not look at vif_name.
+        // os-vif's own plug-in does not look at vif_name. nova's is the same that it makes up.
         ProfileKind::OpenVSwitch(ovs) => {
-            let tap = vif.vif_name.value().map(|name| parsed("vif.vif_name", name)).transpose()?;
+            let made_up =
+                || asked.vif.id.value().map(|id| format!("vhu{}", id.chars().take(11).collect::<String>()));
+            let tap = vif.vif_name.value().cloned().or_else(made_up);
+            let tap = tap.map(|name| parsed("vif.vif_name", &name)).transpose()?;
             Ok(To::Ovs(Ovs { tap, ..open_vswitch::port(asked, ovs)? }))
         }
         _ => Err(unsupported(&format!("a VIF with port profile {}", profile.class))),

@@ -1,72 +1,109 @@
-//! A plug's part in Open vSwitch: its port ensured, and what becomes of it followed.
+//! A plug's part in Open vSwitch: its ports ensured, and what becomes of them followed.
+//!
+//! ```text
+//! guest ── vhostd ── TAP ── bridge                    as it comes, and where the bridge forwards in the kernel
+//! guest ── vhostd ══ socket ══ bridge                 vhost-user: we are a guest to ovs-vswitchd, which polls with DPDK
+//! guest ── TAP ── pb… ── pbp…/ibp… ── bridge          with a bridge of the port's own
+//! ```
 //!
 //! Whether a port forwards is not ours to say: ovs-vswitchd opens the device, OVN puts flows in place. So all of it is read
 //! from the database as it changes ([`ovsdb::View`]), and a plug forwards when nothing there is missing. What the database
 //! cannot tell, that ovs-vswitchd has died, is told by the end of a connection to its control socket, which is beside the
 //! database's.
 
+mod watch;
+
 use std::collections::BTreeMap;
-use std::io::ErrorKind;
-use std::path::Path;
-use std::sync::{Mutex, MutexGuard, OnceLock};
-use std::time::Duration;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 
 use hostnet::{HostNet, Kind, LinkState};
-use ovsdb::{Address, Client, Device, Monitor, PortSpec, Switch, View};
-use tokio::io::AsyncReadExt;
-use tokio::net::UnixStream;
-use tokio::sync::watch;
+use ovsdb::{Client, Device, PortSpec, Switch, View};
+use tokio::sync::watch::Receiver;
 
+use self::watch::Lookout;
 use super::StepError;
 use crate::config::OvsConfig;
 use crate::names::Name;
-use crate::spec::{DatapathType, Ovs, PlugSpec};
+use crate::spec::{Attach, DatapathType, Ovs, PlugSpec, Socket, SwitchPort};
 use crate::status::{Condition, Phase, Whose};
-
-/// First and longest pause before the database is followed again.
-const RETRY_FIRST: Duration = Duration::from_millis(100);
-const RETRY_LONGEST: Duration = Duration::from_secs(2);
-/// How often ovs-vswitchd is looked for while it is not there.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// There if the kernel forwards for Open vSwitch.
 const KERNEL_MODULE: &str = "/sys/module/openvswitch";
 
+/// Permissions of the directory for sockets between us and ovs-vswitchd, which may be another user: each socket has its own.
+const DIRECTORY_MODE: u32 = 0o755;
+
 /// Open vSwitch on this host.
 pub(super) struct OpenVSwitch {
     switch: Switch,
-    /// What bridges are made as.
-    datapath_type: Option<DatapathType>,
-    seen: Mutex<Seen>,
-    /// Counts what was seen.
-    changes: watch::Sender<u64>,
-    followed: OnceLock<()>,
-}
-
-/// What is known of it.
-struct Seen {
-    /// The database's content, or why it is not known.
-    view: Result<View, String>,
-    /// ovs-vswitchd has ended.
-    switch_is_down: bool,
+    config: OvsConfig,
+    lookout: Lookout,
 }
 
 impl OpenVSwitch {
     pub(super) fn new(config: OvsConfig) -> Self {
-        let unknown = "its database has not been read yet".to_owned();
-        Self {
-            switch: Switch::new(Client::new(config.database)),
-            datapath_type: config.datapath_type,
-            seen: Mutex::new(Seen { view: Err(unknown), switch_is_down: false }),
-            changes: watch::Sender::default(),
-            followed: OnceLock::new(),
+        let database = config.database.clone();
+        Self { switch: Switch::new(Client::new(database.clone())), config, lookout: Lookout::new(database) }
+    }
+
+    /// Decides what a new plug leaves to us, by the configuration and by what the switch can do. Fails if its database does
+    /// not answer, or the bridge's name stands for something else.
+    pub(super) async fn resolve(&self, host: &HostNet, id: &Name, ovs: &mut Ovs) -> Result<(), StepError> {
+        let netdev = self.netdev(host, ovs).await?;
+        ovs.isolated |= self.config.isolate && ovs.iface_id.is_some() && !ovs.is_trunk();
+        if ovs.guest.is_some() {
+            ovs.per_port_bridge |= self.config.per_port_bridge;
+            ovs.settle_guest();
+            return Ok(());
+        }
+        let wanted = ovs.datapath_type.or(self.config.datapath_type);
+        let netdev = netdev.unwrap_or_else(|| wanted != Some(DatapathType::System));
+        let able = netdev && self.switch.has_vhost_user().await?;
+        match *ovs.attach.get_or_insert(if able { Attach::VhostUser } else { Attach::Tap }) {
+            Attach::Tap => {}
+            Attach::VhostUser if able => self.name_socket(id, ovs)?,
+            Attach::VhostUser => return Err(StepError::NoVhostUser { bridge: ovs.bridge.to_string() }),
+        }
+        Ok(())
+    }
+
+    fn name_socket(&self, id: &Name, ovs: &mut Ovs) -> Result<(), StepError> {
+        if ovs.socket.is_none() {
+            let path = self.config.socket_dir.join(ovs.tap(id).as_str());
+            ovs.socket = Some(
+                path.display()
+                    .to_string()
+                    .parse()
+                    .expect("the configuration's directory leaves room for a name"),
+            );
+        }
+        Ok(())
+    }
+
+    /// Whether the bridge, if it is there, forwards in user space. Fails if its name stands for something else.
+    async fn netdev(&self, host: &HostNet, ovs: &Ovs) -> Result<Option<bool>, StepError> {
+        let bridge = ovs.bridge.as_str();
+        match self.switch.datapath_type(bridge).await? {
+            Some(kind) => Ok(Some(kind == ovsdb::DatapathType::Netdev.name())),
+            None => refuse_other_link(host, bridge).await.map(|()| None),
         }
     }
 
-    /// Fails if its database does not answer, or the bridge's name stands for something else.
-    pub(super) async fn check(&self, host: &HostNet, ovs: &Ovs) -> Result<(), StepError> {
-        let bridge = ovs.bridge.as_str();
-        if self.switch.has_bridge(bridge).await? { Ok(()) } else { refuse_other_link(host, bridge).await }
+    /// The directory beneath which the socket that we share with ovs-vswitchd is, if it is one of ours, made if it is not
+    /// there.
+    pub(super) async fn directory_of(&self, socket: &Socket) -> Result<Option<PathBuf>, StepError> {
+        let dir = &self.config.socket_dir;
+        if !socket.path.as_path().starts_with(dir) {
+            return Ok(None);
+        }
+        if !tokio::fs::try_exists(dir).await.unwrap_or(false) {
+            let failed = |cause| StepError::SwitchDirectory { path: dir.display().to_string(), cause };
+            tokio::fs::create_dir_all(dir).await.map_err(failed)?;
+            let permissions = PermissionsExt::from_mode(DIRECTORY_MODE);
+            tokio::fs::set_permissions(dir, permissions).await.map_err(failed)?;
+        }
+        Ok(Some(dir.clone()))
     }
 
     /// Whether the bridge is there.
@@ -82,33 +119,27 @@ impl OpenVSwitch {
         spec: &PlugSpec,
         ovs: &Ovs,
     ) -> Result<bool, StepError> {
-        self.check(host, ovs).await?;
+        let datapath_default = match self.netdev(host, ovs).await? {
+            Some(true) => DatapathType::Netdev,
+            Some(false) => DatapathType::System,
+            None if ovs.vhost_user().is_some() => DatapathType::Netdev,
+            None => self.config.datapath_type.unwrap_or_else(datapath_of_kernel),
+        };
         let bridge = PortSpec {
             bridge: ovs.bridge.to_string(),
             datapath_type: ovs.datapath_type.map(Into::into),
-            datapath_default: self.datapath_type.map_or_else(datapath_of_kernel, Into::into),
+            datapath_default: datapath_default.into(),
+            owner: id.to_string(),
             ..PortSpec::default()
         };
         if !ovs.makes_port() {
             return Ok(self.switch.ensure_bridge(&bridge).await?);
         }
-        let tap = ovs.tap(id);
-        let device = if ovs.makes_tap() {
-            let missing = || hostnet::Error::Missing { name: tap.to_string() };
-            Device::Host(host.link(tap.as_str()).await?.ok_or_else(missing)?.ifindex)
-        } else {
-            Device::ToCome
-        };
-        let port = PortSpec {
-            name: tap.to_string(),
-            owner: id.to_string(),
-            external_ids: external_ids(spec, ovs),
-            mtu: Some(spec.mtu_bytes()),
-            isolated: ovs.isolated && !ovs.is_trunk(),
-            device,
-            ..bridge
-        };
-        Ok(self.switch.ensure_port(&port).await?)
+        let mut changed = false;
+        for port in self.ports(id, spec, ovs, &bridge, device(host, id, ovs).await?) {
+            changed |= self.switch.ensure_port(&port).await?;
+        }
+        Ok(changed)
     }
 
     /// Whether the kernel takes frames from the bridge's TAPs, and does what is left to it. ovs-vswitchd, when it forwards
@@ -118,147 +149,104 @@ impl OpenVSwitch {
         Ok(kind.as_deref() == Some(ovsdb::DatapathType::System.name()))
     }
 
-    /// Removes the plug's port.
-    pub(super) async fn remove_port(&self, id: &Name, ovs: &Ovs) -> Result<(), StepError> {
-        if ovs.makes_port() {
-            self.switch.remove_port(ovs.bridge.as_str(), ovs.tap(id).as_str(), id.as_str()).await?;
+    /// The plug's ports: first the one that the guest is behind, last the logical one, so that whoever sees that sees all.
+    fn ports(
+        &self,
+        id: &Name,
+        spec: &PlugSpec,
+        ovs: &Ovs,
+        bridge: &PortSpec,
+        device: Device,
+    ) -> Vec<PortSpec> {
+        let in_kernel = ovs.vhost_user().is_none() && ovs.datapath_type != Some(DatapathType::Netdev);
+        let mut ports: Vec<_> = ovs
+            .ports(id)
+            .into_iter()
+            .map(|port| PortSpec {
+                bridge: port.bridge,
+                name: port.name,
+                kind: port.peer.as_ref().map(|_| "patch".into()).unwrap_or_default(),
+                options: port.peer.map(|peer| ("peer".into(), peer)).into_iter().collect(),
+                ..bridge.clone()
+            })
+            .collect();
+        if let Some(first) = ports.first_mut() {
+            first.device = device;
+            first.mtu = Some(spec.mtu_bytes());
+            first.qos = self.config.qos_type.clone().filter(|_| in_kernel);
+            if let Some(socket) = ovs.vhost_user() {
+                first.kind = ovsdb::VHOST_USER.into();
+                first.options = [("vhost-server-path".to_owned(), socket.path.to_string())].into();
+            }
+        }
+        if let Some(last) = ports.last_mut() {
+            last.external_ids = external_ids(spec, ovs);
+            last.isolated = ovs.isolated;
+        }
+        ports
+    }
+
+    /// Removes the plug's ports.
+    pub(super) async fn remove_ports(&self, id: &Name, ovs: &Ovs) -> Result<(), StepError> {
+        for port in ovs.ports(id).iter().rev() {
+            self.switch.remove_port(&port.bridge, &port.name, id.as_str()).await?;
         }
         Ok(())
     }
 
-    /// Removes the bridge if nobody needs it any more.
-    pub(super) async fn remove_bridge(&self, ovs: &Ovs) -> Result<(), StepError> {
+    /// Removes the bridges that nobody needs any more.
+    pub(super) async fn remove_bridges(&self, id: &Name, ovs: &Ovs) -> Result<(), StepError> {
+        if let Some(own) = ovs.own_bridge(id) {
+            self.switch.remove_bridge(&own, true).await?;
+        }
         self.switch.remove_bridge(ovs.bridge.as_str(), ovs.is_trunk()).await?;
         Ok(())
     }
 
     /// Whether somebody else has taken away what the plug needs.
     pub(super) fn is_amiss(&self, id: &Name, ovs: &Ovs) -> bool {
-        self.seen().view.as_ref().is_ok_and(|view| lacks(view, id, ovs))
+        self.lookout.seen().view.as_ref().is_ok_and(|view| lacking(view, id, ovs).is_some())
     }
 
     /// What is missing for the plug's port to forward.
     pub(super) fn missing(&self, id: &Name, spec: &PlugSpec, ovs: &Ovs) -> Vec<Condition> {
-        let seen = self.seen();
-        let (tap, bridge) = (ovs.tap(id), &ovs.bridge);
-        let mut messages = Vec::new();
-        match &seen.view {
-            Err(cause) => messages.push(format!("how Open vSwitch is cannot be told: {cause}")),
-            Ok(view) if lacks(view, id, ovs) => {
-                messages.push(format!("{tap} is not in Open vSwitch bridge {bridge}"));
-            }
-            Ok(view) if ovs.makes_port() => messages.extend(missing_in(view, spec, ovs, tap.as_str())),
-            Ok(_) => {}
-        }
+        let seen = self.lookout.seen();
+        let mut messages = match &seen.view {
+            Err(cause) => vec![format!("how Open vSwitch is cannot be told: {cause}")],
+            Ok(view) => match lacking(view, id, ovs) {
+                Some(message) => vec![message],
+                None => missing_in(view, id, spec, ovs),
+            },
+        };
         if seen.switch_is_down {
-            messages.push(format!("ovs-vswitchd, which forwards for bridge {bridge}, does not run"));
+            messages.push(format!("ovs-vswitchd, which forwards for bridge {}, does not run", ovs.bridge));
         }
         let condition = |message| Condition { phase: Phase::Forwarding, whose: Whose::Host, message };
         messages.into_iter().map(condition).collect()
     }
 
-    /// Tells when something was seen to have changed.
-    pub(super) fn changes(&self) -> watch::Receiver<u64> {
-        self.changes.subscribe()
+    /// Tells when something was seen to have changed; only the first who asks, who has to run [`follow`](Self::follow).
+    pub(super) fn changes(&self) -> Option<Receiver<u64>> {
+        self.lookout.begin()
     }
 
-    /// True once: whoever is told so has to run [`follow`](Self::follow). A host without Open vSwitch is never asked for its
-    /// database.
-    pub(super) fn must_be_followed(&self) -> bool {
-        self.followed.set(()).is_ok()
-    }
-
-    /// Follows the database, whatever becomes of it, for ever.
+    /// Follows what becomes of it, for ever.
     pub(super) async fn follow(&self) {
-        tokio::join!(self.follow_database(), self.look_for_switch());
-    }
-
-    async fn follow_database(&self) {
-        let mut pause = RETRY_FIRST;
-        loop {
-            match Monitor::open(self.switch.address()).await {
-                Ok((mut monitor, view)) => {
-                    pause = RETRY_FIRST;
-                    self.see(|seen| seen.view = Ok(view));
-                    let error = loop {
-                        match monitor.next().await {
-                            Ok(tables) => self.see(|seen| {
-                                if let Ok(view) = &mut seen.view {
-                                    view.apply(&tables);
-                                }
-                            }),
-                            Err(error) => break error,
-                        }
-                    };
-                    tracing::warn!("{error}");
-                    self.see(|seen| seen.view = Err(error.to_string()));
-                }
-                Err(error) => self.see(|seen| seen.view = Err(error.to_string())),
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(RETRY_LONGEST);
-        }
-    }
-
-    /// A switch that answers once is missed when it does not any more; of one that was never seen nothing is said.
-    async fn look_for_switch(&self) {
-        let Address::Unix(database) = self.switch.address() else { return };
-        let Some(dir) = Path::new(database).parent() else { return };
-        loop {
-            match control_socket(dir).await {
-                ControlSocket::Connected(mut stream) => {
-                    self.see_switch(false);
-                    // It says nothing unasked: this ends when it does.
-                    let _ = stream.read(&mut [0]).await;
-                    self.see_switch(true);
-                }
-                ControlSocket::Dead => self.see_switch(true),
-                ControlSocket::Absent => {}
-            }
-            tokio::time::sleep(LOOK_EVERY).await;
-        }
-    }
-
-    fn see_switch(&self, is_down: bool) {
-        if self.seen().switch_is_down != is_down {
-            self.see(|seen| seen.switch_is_down = is_down);
-        }
-    }
-
-    fn see(&self, change: impl FnOnce(&mut Seen)) {
-        change(&mut self.seen());
-        self.changes.send_modify(|count| *count = count.wrapping_add(1));
-    }
-
-    fn seen(&self) -> MutexGuard<'_, Seen> {
-        self.seen.lock().expect("no holder of this lock panics")
+        self.lookout.follow().await;
     }
 }
 
-/// What there is of ovs-vswitchd's control socket, `ovs-vswitchd.PID.ctl` (ovs-vswitchd(8), `--unixctl`).
-enum ControlSocket {
-    Connected(UnixStream),
-    /// Left behind by one that was killed.
-    Dead,
-    Absent,
-}
-
-async fn control_socket(dir: &Path) -> ControlSocket {
-    let Ok(mut entries) = tokio::fs::read_dir(dir).await else { return ControlSocket::Absent };
-    let mut found = ControlSocket::Absent;
-    while let Ok(Some(entry)) = entries.next_entry().await {
-        let name = entry.file_name();
-        let is_control = |name: &str| name.starts_with("ovs-vswitchd") && name.ends_with(".ctl");
-        if !name.to_str().is_some_and(is_control) {
-            continue;
-        }
-        match UnixStream::connect(entry.path()).await {
-            Ok(stream) => return ControlSocket::Connected(stream),
-            Err(error) if error.kind() == ErrorKind::ConnectionRefused => found = ControlSocket::Dead,
-            Err(_) => {}
-        }
+/// What the switch is to open for the first port.
+async fn device(host: &HostNet, id: &Name, ovs: &Ovs) -> Result<Device, StepError> {
+    if ovs.vhost_user().is_some() {
+        return Ok(Device::Own);
     }
-    found
+    if !ovs.makes_tap() {
+        return Ok(Device::ToCome);
+    }
+    let tap = ovs.tap(id);
+    let missing = || hostnet::Error::Missing { name: tap.to_string() };
+    Ok(Device::Host(host.link(tap.as_str()).await?.ok_or_else(missing)?.ifindex))
 }
 
 /// A link of the bridge's name that is no bridge of Open vSwitch would make ovs-vswitchd fail in a way that only its log tells.
@@ -274,8 +262,8 @@ async fn refuse_other_link(host: &HostNet, bridge: &str) -> Result<(), StepError
 
 /// ovs-vswitchd itself lists a datapath in the kernel whether or not the kernel has one, and has its module loaded when it
 /// starts.
-fn datapath_of_kernel() -> ovsdb::DatapathType {
-    if Path::new(KERNEL_MODULE).exists() { DatapathType::System.into() } else { DatapathType::Netdev.into() }
+fn datapath_of_kernel() -> DatapathType {
+    if Path::new(KERNEL_MODULE).exists() { DatapathType::System } else { DatapathType::Netdev }
 }
 
 /// What Neutron and OVN know the port by, in the keys of Open vSwitch's integration guide.
@@ -291,38 +279,48 @@ fn external_ids(spec: &PlugSpec, ovs: &Ovs) -> BTreeMap<String, String> {
     pairs.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect()
 }
 
-/// Whether the bridge, or the port in it, is not there.
-fn lacks(view: &View, id: &Name, ovs: &Ovs) -> bool {
-    if ovs.makes_port() {
-        view.bridge_of(ovs.tap(id).as_str()) != Some(ovs.bridge.as_str())
-    } else {
-        !view.has_bridge(ovs.bridge.as_str())
+/// The first thing of a plug's that is not there.
+fn lacking(view: &View, id: &Name, ovs: &Ovs) -> Option<String> {
+    if !ovs.makes_port() {
+        let bridge = ovs.bridge.as_str();
+        return (!view.has_bridge(bridge)).then(|| format!("there is no Open vSwitch bridge {bridge}"));
     }
+    let ports = ovs.ports(id);
+    let port = ports.iter().find(|port| view.bridge_of(&port.name) != Some(port.bridge.as_str()))?;
+    Some(format!("{} is not in Open vSwitch bridge {}", port.name, port.bridge))
 }
 
-/// What is missing for a port that is there.
-fn missing_in(view: &View, spec: &PlugSpec, ovs: &Ovs, tap: &str) -> Vec<String> {
-    let Some(interface) = view.interface(tap) else {
-        return vec![format!("{tap} has no interface in Open vSwitch")];
-    };
-    if let Some(error) = &interface.error {
-        return vec![format!("ovs-vswitchd cannot use {tap}: {error}")];
-    }
-    if interface.ofport.is_none_or(|number| number < 1) {
-        return vec![format!("ovs-vswitchd has not taken up {tap} yet")];
-    }
-    let mut messages = Vec::new();
+/// What is missing for ports that are there.
+fn missing_in(view: &View, id: &Name, spec: &PlugSpec, ovs: &Ovs) -> Vec<String> {
+    let ports = ovs.ports(id);
+    let mut messages: Vec<_> = ports.iter().filter_map(|port| not_open(view, &port.name)).collect();
+    let interface = |port: Option<&SwitchPort>| view.interface(&port?.name);
     let mtu = spec.mtu_bytes();
-    if let Some(found) = interface.mtu.filter(|found| *found != i64::from(mtu)) {
-        messages.push(format!("{tap} has MTU {found} in Open vSwitch, the plug {mtu}"));
-    }
-    if let Some(id) = ovs.iface_id.as_ref()
-        && view.ovn_bridge() == Some(ovs.bridge.as_str())
-        && !interface.ovn_installed
+    if let Some(found) = interface(ports.first()).and_then(|first| first.mtu)
+        && found != i64::from(mtu)
     {
-        messages.push(format!("OVN has no flows for logical port {id} on this host yet (ovn-installed)"));
+        messages.push(format!("{} has MTU {found} in Open vSwitch, the plug {mtu}", ovs.tap(id)));
+    }
+    if let Some(iface_id) = ovs.iface_id.as_ref()
+        && view.ovn_bridge() == Some(ovs.bridge.as_str())
+        && interface(ports.last()).is_some_and(|last| !last.ovn_installed)
+    {
+        messages
+            .push(format!("OVN has no flows for logical port {iface_id} on this host yet (ovn-installed)"));
     }
     messages
+}
+
+/// Why the switch does not have the port open.
+fn not_open(view: &View, port: &str) -> Option<String> {
+    let Some(interface) = view.interface(port) else {
+        return Some(format!("{port} has no interface in Open vSwitch"));
+    };
+    if let Some(error) = &interface.error {
+        return Some(format!("ovs-vswitchd cannot use {port}: {error}"));
+    }
+    let open = interface.ofport.is_some_and(|number| number >= 1);
+    (!open).then(|| format!("ovs-vswitchd has not taken up {port} yet"))
 }
 
 #[cfg(test)]
@@ -344,8 +342,9 @@ mod tests {
 
     fn missing(to: &serde_json::Value, interface: &serde_json::Value) -> Vec<String> {
         let spec: PlugSpec = serde_json::from_value(json!({"to": to})).unwrap();
-        let spec = spec.completed(&"vm1".parse().unwrap()).unwrap();
-        missing_in(&view(interface), &spec, spec.ovs().unwrap(), "vhd-vm1")
+        let id: Name = "vm1".parse().unwrap();
+        let spec = spec.completed(&id).unwrap();
+        missing_in(&view(interface), &id, &spec, spec.ovs().unwrap())
     }
 
     #[test]
@@ -379,6 +378,7 @@ mod tests {
         let id: Name = "vm1".parse().unwrap();
         let of = |bridge: &str| Ovs::new(bridge.parse().unwrap());
         let view = view(&json!({"name": "vhd-vm1"}));
+        let lacks = |view: &View, id: &Name, ovs: &Ovs| lacking(view, id, ovs).is_some();
         assert!(!lacks(&view, &id, &of("br-int")) && lacks(&view, &id, &of("br1")));
         let bridge_alone = KernelGuest { make_tap: false, make_port: false };
         assert!(!lacks(&view, &"vm2".parse().unwrap(), &Ovs { guest: Some(bridge_alone), ..of("br-int") }));

@@ -24,7 +24,7 @@ pub(super) async fn plan(
             let joined = format!("put {} into {bridge}", to.tap(id));
             steps.extend([tap(host, id, spec, to).await?, made, joined]);
         }
-        Some(To::Ovs(ovs)) if !ovs.makes_tap() => {}
+        Some(To::Ovs(ovs)) if !ovs.makes_tap() || ovs.vhost_user().is_some() => {}
         Some(to @ To::Ovs(_)) => steps.push(tap(host, id, spec, to).await?),
         Some(to @ To::Macvtap(Macvtap { device, mode, .. })) => {
             let name = to.tap(id);
@@ -69,7 +69,10 @@ fn ports(id: &Name, spec: &PlugSpec) -> Vec<String> {
         None => "a network of its own".to_owned(),
     };
     let mut steps = Vec::new();
-    if let Some(to) = spec.to.as_ref().filter(|_| spec.kernel_guest().is_none()) {
+    let socket = spec.ovs().and_then(Ovs::vhost_user);
+    if let Some(Socket { path, .. }) = socket {
+        steps.push(format!("make socket {path}, on which Open vSwitch joins {network}"));
+    } else if let Some(to) = spec.to.as_ref().filter(|_| spec.kernel_guest().is_none()) {
         steps.push(format!("forward between {} and {network}", to.tap(id)));
     }
     if let Some(Socket { role, path }) = &spec.socket {
@@ -94,9 +97,17 @@ async fn in_ovs(ovs: &OpenVSwitch, id: &Name, to: &Ovs) -> Result<Vec<String>, S
     let bridge = &to.bridge;
     let verb = if ovs.has_bridge(to).await? { "use" } else { "make" };
     let mut steps = vec![format!("{verb} Open vSwitch bridge {bridge}")];
-    if to.makes_port() {
-        let logical = to.iface_id.as_ref().map(|id| format!(" as logical port {id}")).unwrap_or_default();
-        steps.push(format!("add {} to {bridge}{logical}, and wait until ovs-vswitchd has it", to.tap(id)));
+    steps.extend(to.own_bridge(id).map(|own| format!("make Open vSwitch bridge {own} for this port alone")));
+    let ports = to.ports(id);
+    for (n, port) in ports.iter().enumerate() {
+        let is_logical = n + 1 == ports.len();
+        let logical = to.iface_id.as_ref().filter(|_| is_logical).map(|id| format!(" as logical port {id}"));
+        steps.push(format!(
+            "add {} to {}{}, and wait until ovs-vswitchd has it",
+            port.name,
+            port.bridge,
+            logical.unwrap_or_default()
+        ));
     }
     Ok(steps)
 }

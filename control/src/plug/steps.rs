@@ -59,6 +59,23 @@ pub enum StepError {
     /// Open vSwitch.
     #[error(transparent)]
     Ovs(#[from] ovsdb::Error),
+    /// The switch has no such ports.
+    #[error(
+        "Open vSwitch cannot be attached by vhost-user in bridge {bridge}: that needs DPDK \
+         (other_config:dpdk-init=true) and a bridge with datapath_type netdev; or ask for a TAP"
+    )]
+    NoVhostUser {
+        /// The bridge.
+        bridge: String,
+    },
+    /// Sockets cannot be where they are to be shared with the switch.
+    #[error("directory {path} for sockets to Open vSwitch cannot be made: {cause}; see ovs.socket_dir")]
+    SwitchDirectory {
+        /// The directory.
+        path: String,
+        /// Why.
+        cause: std::io::Error,
+    },
     /// The socket.
     #[error("{}", with_causes(.0))]
     Socket(vhost_user::EndpointError),
@@ -71,7 +88,12 @@ impl StepError {
     /// Who has to do something about it.
     pub fn whose(&self) -> Whose {
         match self {
-            Self::Directory { .. } | Self::Host(_) | Self::Ovs(_) | Self::Socket(_) => Whose::Host,
+            Self::Directory { .. }
+            | Self::Host(_)
+            | Self::Ovs(_)
+            | Self::NoVhostUser { .. }
+            | Self::SwitchDirectory { .. }
+            | Self::Socket(_) => Whose::Host,
             Self::Dataplane(_) => Whose::Vhostd,
         }
     }
@@ -112,7 +134,10 @@ impl StepError {
                     Socket::Foreign { .. } | Socket::NotOurs { .. } | Socket::InUse(_) | Socket::Raced(_)
                 )
             }
-            Self::Directory { .. } | Self::Dataplane(_) => false,
+            Self::Directory { .. }
+            | Self::NoVhostUser { .. }
+            | Self::SwitchDirectory { .. }
+            | Self::Dataplane(_) => false,
         }
     }
 }
@@ -151,18 +176,17 @@ impl Steps {
         Self { dataplane, host, ovs: OpenVSwitch::new(ovs), rules, bridges: LinuxBridges::default() }
     }
 
-    /// What can be known before anything is done: that there is an Open vSwitch, if the plug needs one. Without it, taking
-    /// back what was done would have to wait for it.
-    pub(super) async fn check(&self, spec: &PlugSpec) -> Result<(), StepError> {
-        match spec.ovs() {
-            Some(ovs) => self.ovs.check(&self.host, ovs).await,
-            None => Ok(()),
+    /// Decides what a new plug leaves to us, and fails if what it needs is not there, such as an Open vSwitch that answers:
+    /// taking back what was done would have to wait for it.
+    pub(super) async fn resolve(&self, id: &Name, mut spec: PlugSpec) -> Result<PlugSpec, StepError> {
+        if let Some(To::Ovs(ovs)) = &mut spec.to {
+            self.ovs.resolve(&self.host, id, ovs).await?;
         }
+        Ok(spec)
     }
 
     /// What would be done, in sentences.
     pub(super) async fn plan(&self, id: &Name, spec: &PlugSpec) -> Result<Vec<String>, StepError> {
-        self.check(spec).await?;
         if let Some(socket) = &spec.socket {
             self.rules.dir_of(socket)?;
         }
@@ -200,7 +224,7 @@ impl Steps {
 
     /// Tells when a plug may be amiss; the first who asks for a plug that can be has to call [`follow`](Self::follow).
     pub(super) fn changes(&self, spec: &PlugSpec) -> Option<watch::Receiver<u64>> {
-        (spec.ovs().is_some() && self.ovs.must_be_followed()).then(|| self.ovs.changes())
+        spec.ovs().and_then(|_| self.ovs.changes())
     }
 
     /// Follows what others do, for ever.
@@ -230,13 +254,17 @@ impl Steps {
     }
 
     async fn attach_all(&self, id: &Name, spec: &PlugSpec, ports: &mut Vec<PortId>) -> Result<(), StepError> {
-        let endpoint = spec.socket.as_ref().map(|socket| self.endpoint(socket)).transpose()?;
+        let endpoint = match &spec.socket {
+            Some(socket) => Some(self.endpoint(socket, self.rules.dir_of(socket)?)),
+            None => None,
+        };
         let (network, mtu) = (spec.network_of(id), spec.mtu_bytes());
         if let Some(to) = &spec.to
             && let Some(link) = self.ensure_host_side(id, spec, to).await?
         {
             // One name a port: the socket's port bears the plug's, if there is a socket.
-            let name = if spec.socket.is_some() { format!("{id}:tap") } else { id.to_string() };
+            let side = if matches!(link, Link::FrontEnd { .. }) { "switch" } else { "tap" };
+            let name = if spec.socket.is_some() { format!("{id}:{side}") } else { id.to_string() };
             ports.push(self.add_port(PortSpec { name, network: network.clone(), mtu, link }).await?);
         }
         if let Some(endpoint) = endpoint {
@@ -255,7 +283,11 @@ impl Steps {
     /// opens it.
     async fn ensure_host_side(&self, id: &Name, spec: &PlugSpec, to: &To) -> Result<Option<Link>, StepError> {
         match to {
-            To::Tap(_) | To::Ovs(_) => tap::ensure(&self.host, id, spec, to).await,
+            To::Tap(_) => tap::ensure(&self.host, id, spec, to).await,
+            To::Ovs(ovs) => match ovs.vhost_user() {
+                Some(socket) => Ok(Some(self.ensure_switch_socket(spec, &socket).await?)),
+                None => tap::ensure(&self.host, id, spec, to).await,
+            },
             To::Bridge(bridge) => {
                 let link = tap::ensure(&self.host, id, spec, to).await?;
                 self.bridges.join(&self.host, id, bridge).await?;
@@ -263,6 +295,15 @@ impl Steps {
             }
             To::Macvtap(macvtap) => macvtap::ensure(&self.host, id, spec, macvtap).await,
         }
+    }
+
+    /// The front end to which the switch connects, once the directory for its socket is there.
+    async fn ensure_switch_socket(&self, spec: &PlugSpec, socket: &Socket) -> Result<Link, StepError> {
+        let beneath = match self.ovs.directory_of(socket).await? {
+            None => self.rules.dir_of(socket)?,
+            ours => ours,
+        };
+        Ok(Link::FrontEnd { endpoint: self.endpoint(socket, beneath), queue_pairs: spec.front_end_queues() })
     }
 
     /// The TAP goes last out of Open vSwitch, which holds it by its number, and first out of a Linux bridge, which lets it go.
@@ -275,22 +316,21 @@ impl Steps {
                 self.bridges.remove(&self.host, bridge).await
             }
             Some(to @ To::Ovs(ovs)) => {
-                self.ovs.remove_port(id, ovs).await?;
+                self.ovs.remove_ports(id, ovs).await?;
                 tap::remove(&self.host, id, to).await?;
-                self.ovs.remove_bridge(ovs).await
+                self.ovs.remove_bridges(id, ovs).await
             }
             Some(To::Macvtap(macvtap)) => macvtap::remove(&self.host, id, macvtap).await,
         }
     }
 
-    fn endpoint(&self, socket: &Socket) -> Result<Endpoint, StepError> {
+    fn endpoint(&self, socket: &Socket, beneath: Option<PathBuf>) -> Endpoint {
         let access = Access { mode: self.rules.mode, owner: None, group: self.rules.gid };
         let role = match socket.role {
             Role::Listen | Role::FrontendListen => vhost_user::Role::Listen(access),
             Role::Connect | Role::FrontendConnect => vhost_user::Role::Connect,
         };
-        let (path, beneath) = (socket.path.as_path().to_owned(), self.rules.dir_of(socket)?);
-        Ok(Endpoint { path, beneath, role, users: Vec::new() })
+        Endpoint { path: socket.path.as_path().to_owned(), beneath, role, users: Vec::new() }
     }
 
     async fn add_port(&self, spec: PortSpec) -> Result<PortId, StepError> {

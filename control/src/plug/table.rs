@@ -8,7 +8,7 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::PlugError;
 use crate::names::Name;
-use crate::spec::{PlugSpec, To};
+use crate::spec::{PlugSpec, Socket, To};
 use crate::status::Whose;
 use crate::store::{Intent, Record};
 
@@ -176,9 +176,13 @@ fn examine(entries: &BTreeMap<Name, Entry>, id: &Name, spec: &PlugSpec) -> Resul
 /// What two plugs would share though only one can have it.
 fn shared(id: &Name, spec: &PlugSpec, other: &Name, theirs: &PlugSpec) -> Option<(String, &'static str)> {
     // A front end and a back end on one socket are a cable between two networks.
-    let end = |spec: &PlugSpec| spec.socket.as_ref().map(|s| (s.path.clone(), s.role.is_front_end()));
-    if let (Some((path, _)), true) = (end(spec), end(spec) == end(theirs)) {
+    let end = |s: Socket| (s.path, s.role.is_front_end());
+    if let Some((path, _)) = spec.sockets().map(end).find(|ours| theirs.sockets().any(|s| end(s) == *ours)) {
         return Some((format!("socket {path}"), "spec.socket.path"));
+    }
+    let iface_id = |spec: &PlugSpec| spec.ovs().and_then(|ovs| ovs.iface_id.clone());
+    if let (Some(iface_id), true) = (iface_id(spec), iface_id(spec) == iface_id(theirs)) {
+        return Some((format!("logical port {iface_id}"), "spec.to.iface_id"));
     }
     let tap = |spec: &PlugSpec, id| spec.to.as_ref().map(|to: &To| to.tap(id));
     if let (Some(tap), true) = (tap(spec, id), tap(spec, id) == tap(theirs, other)) {

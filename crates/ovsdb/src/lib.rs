@@ -42,4 +42,4 @@ pub use connection::Address;
 pub use error::Error;
 pub use monitor::{Interface, Monitor, View};
 pub use plan::{BRIDGE_MARK, DatapathType, Device, PORT_MARK, PortSpec};
-pub use switch::{Means, Switch};
+pub use switch::{Switch, VHOST_USER};

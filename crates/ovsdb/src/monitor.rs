@@ -30,7 +30,7 @@ pub struct Interface {
     pub error: Option<String>,
     /// Number of the device that the switch has open.
     pub ifindex: Option<i64>,
-    /// MTU as the switch found it, bytes.
+    /// MTU as the switch found it, bytes; once it has.
     pub mtu: Option<i64>,
     /// `external_ids:ovn-installed`: OVN's flows for the port are in place.
     pub ovn_installed: bool,
@@ -201,7 +201,8 @@ impl From<&Row> for Interface {
             ofport: value::integer(row, "ofport"),
             error: value::text(row, "error").map(Into::into),
             ifindex: value::integer(row, "ifindex"),
-            mtu: value::integer(row, "mtu"),
+            // A port of DPDK's has 0 until it is set up.
+            mtu: value::integer(row, "mtu").filter(|mtu| *mtu > 0),
             ovn_installed: value::pairs(row, "external_ids")
                 .get("ovn-installed")
                 .is_some_and(|set| set == "true"),

@@ -24,17 +24,8 @@ pub struct Switch {
     client: Client,
 }
 
-/// OVS's port types by which it is the back end of a vhost-user socket that it connects to.
-const VHOST_USER: &str = "dpdkvhostuserclient";
-
-/// What can be had of a switch and of one of its bridges.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Means {
-    /// Whether the bridge forwards in user space; `None`: there is no such bridge.
-    pub netdev: Option<bool>,
-    /// Whether the switch has DPDK running, and ports of type `dpdkvhostuserclient` with it.
-    pub vhost_user: bool,
-}
+/// The type of ports by which the switch is the back end of a vhost-user socket that it connects to.
+pub const VHOST_USER: &str = "dpdkvhostuserclient";
 
 /// What became of a change.
 enum Commit {
@@ -71,24 +62,17 @@ impl Switch {
         Ok(self.look("", bridge).await?.datapath_type().map(Into::into))
     }
 
-    /// What can be had of the switch and of this bridge.
+    /// Whether the switch has DPDK running, and with it ports of type `dpdkvhostuserclient`.
     ///
     /// # Errors
     /// Those of a connection; [`Error::Refused`] before Open vSwitch 2.10, which does not tell.
-    pub async fn means(&self, bridge: &str) -> Result<Means, Error> {
-        let operations = vec![
-            select("Bridge", &json!(["name", "==", bridge]), &["datapath_type"]),
-            json!({"op": "select", "table": "Open_vSwitch", "where": [],
-                   "columns": ["dpdk_initialized", "iface_types"]}),
-        ];
-        let answers = self.client.transact(operations, Duration::ZERO).await?;
-        let first = |index: usize| answers.get(index).and_then(|answer| rows(answer).into_iter().next());
-        let netdev = |row: Row| value::text(&row, "datapath_type") == Some("netdev");
-        let vhost_user = |row: Row| {
-            value::flag(&row, "dpdk_initialized") == Some(true)
-                && value::texts(&row, "iface_types").iter().any(|kind| kind == VHOST_USER)
-        };
-        Ok(Means { netdev: first(0).map(netdev), vhost_user: first(1).is_some_and(vhost_user) })
+    pub async fn has_vhost_user(&self) -> Result<bool, Error> {
+        let columns = json!(["dpdk_initialized", "iface_types"]);
+        let select = json!({"op": "select", "table": "Open_vSwitch", "where": [], "columns": columns});
+        let answers = self.client.transact(vec![select], Duration::ZERO).await?;
+        let root = answers.first().and_then(|answer| rows(answer).into_iter().next()).unwrap_or_default();
+        Ok(value::flag(&root, "dpdk_initialized") == Some(true)
+            && value::texts(&root, "iface_types").iter().any(|kind| kind == VHOST_USER))
     }
 
     /// Makes the bridge of such a port if it is not there. False if it was.
