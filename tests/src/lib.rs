@@ -13,6 +13,7 @@ pub mod hand;
 pub mod inproc;
 pub mod netns;
 pub mod oracle;
+pub mod ovn;
 pub mod ovs;
 pub mod peer;
 pub mod process;

@@ -42,19 +42,21 @@ impl Netns {
         let own_user = !rustix::process::geteuid().is_root();
         let unshare: &[&str] =
             if own_user { &["--user", "--map-root-user", "--net", "--mount"] } else { &["--net", "--mount"] };
-        let mut holder = Command::new("unshare")
-            .args(unshare)
-            .args(["sh", "-c", "mount -t sysfs sysfs /sys && ip link set lo up && echo ready && exec cat"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("unshare")?;
+        Self::held_by(Command::new("unshare").args(unshare), "mount -t sysfs sysfs /sys", own_user)
+    }
+
+    /// Holds the namespaces that `enter` runs further arguments in, without a process in between, once the shell has done
+    /// there what `first` says.
+    pub(crate) fn held_by(enter: &mut Command, first: &str, own_user: bool) -> Result<Self> {
+        let hold = format!("{first} && ip link set lo up && echo ready && exec cat");
+        let holder = enter.args(["sh", "-c", &hold]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let mut holder = holder.with_context(|| format!("{enter:?}"))?;
         let mut line = String::new();
-        let output = holder.stdout.take().context("unshare has no output")?;
+        let output = holder.stdout.take().context("the holder has no output")?;
         BufReader::new(output).read_line(&mut line)?;
         // Owned from here on, so that a failure reaps the holder.
         let netns = Self { holder, own_user };
-        ensure!(line == "ready\n", "no network namespace: unshare {} failed", unshare.join(" "));
+        ensure!(line == "ready\n", "no network namespace: {enter:?} failed");
         Ok(netns)
     }
 
