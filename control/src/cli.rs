@@ -167,11 +167,11 @@ pub struct PlugArgs {
     /// Name of the plug
     #[arg(required_unless_present = "file", conflicts_with = "file")]
     pub name: Option<Name>,
-    /// Make this socket, a front end connects to it
-    #[arg(long, value_name = "PATH", conflicts_with_all = ["connect", "file"])]
+    /// Make this socket, a front end connects to it; beside an os-vif document, too
+    #[arg(long, value_name = "PATH", conflicts_with = "connect")]
     pub listen: Option<SocketPath>,
-    /// A front end makes this socket, connect to it
-    #[arg(long, value_name = "PATH", conflicts_with = "file")]
+    /// A front end makes this socket, connect to it; beside an os-vif document, too
+    #[arg(long, value_name = "PATH")]
     pub connect: Option<SocketPath>,
     /// Be a guest to another switch: make this socket, its back end connects to it
     #[arg(long, value_name = "PATH", conflicts_with_all = ["listen", "connect", "frontend_connect", "file"])]
@@ -253,8 +253,8 @@ pub struct ApiArgs {
 }
 
 impl PlugArgs {
-    /// The spec that the options describe.
-    pub fn spec(&self) -> Result<PlugSpec, Problem> {
+    /// The socket that the options name.
+    pub fn socket(&self) -> Option<Socket> {
         let sockets = [
             (Role::Listen, &self.listen),
             (Role::Connect, &self.connect),
@@ -262,7 +262,11 @@ impl PlugArgs {
             (Role::FrontendConnect, &self.frontend_connect),
         ];
         // The grammar takes one of them at the most.
-        let asked = sockets.into_iter().find_map(|(role, path)| Some((role, path.clone()?)));
+        sockets.into_iter().find_map(|(role, path)| Some(Socket { role, path: path.clone()? }))
+    }
+
+    /// The spec that the options describe.
+    pub fn spec(&self) -> Result<PlugSpec, Problem> {
         let mut to = self.to.clone().map(|to| to.0);
         match (&mut to, &self.iface_id, self.attach) {
             (Some(To::Ovs(ovs)), iface_id, attach) => {
@@ -277,7 +281,7 @@ impl PlugArgs {
         }
         Ok(PlugSpec {
             network: self.network.clone(),
-            socket: asked.map(|(role, path)| Socket { role, path }),
+            socket: self.socket(),
             to,
             mac: self.mac,
             mtu: self.mtu,

@@ -88,7 +88,7 @@ struct Session {
 impl Session {
     async fn plug(&self, args: &PlugArgs) -> Result<(), CommandError> {
         let Document { id, spec } = match (&args.file, &args.name) {
-            (Some(file), _) => document::parse(&document::read_file(file)?)?,
+            (Some(file), _) => document::parse(&document::read_file(file)?, args.socket())?,
             (None, name) => Document {
                 id: name.clone().expect("the grammar asks for a name or a file"),
                 spec: args.spec()?,
@@ -112,7 +112,7 @@ impl Session {
 
     async fn unplug(&self, args: &UnplugArgs) -> Result<(), CommandError> {
         let id = match (&args.file, &args.name) {
-            (Some(file), _) => document::parse(&document::read_file(file)?)?.id,
+            (Some(file), _) => document::parse(&document::read_file(file)?, None)?.id,
             (None, name) => name.clone().expect("the grammar asks for a name or a file"),
         };
         let path = format!("/v1/plugs/{id}?must_exist={}", args.must_exist);

@@ -16,7 +16,7 @@ use crate::json;
 use crate::names::Name;
 use crate::osvif;
 use crate::problem::{Kind, Problem};
-use crate::spec::PlugSpec;
+use crate::spec::{PlugSpec, Socket};
 
 /// A plug as a document describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,8 +50,8 @@ pub fn read_file(path: &Path) -> Result<Vec<u8>, Problem> {
     Ok(bytes)
 }
 
-/// Reads a document.
-pub fn parse(bytes: &[u8]) -> Result<Document, Problem> {
+/// Reads a document. A VIF may be served by a `socket` that is named beside it.
+pub fn parse(bytes: &[u8], socket: Option<Socket>) -> Result<Document, Problem> {
     let text = std::str::from_utf8(bytes).map_err(|_| Problem::invalid("the document is not UTF-8 text"))?;
     if bytes.len() > json::BYTES_MAX {
         return Err(Problem::new(
@@ -65,17 +65,21 @@ pub fn parse(bytes: &[u8]) -> Result<Document, Problem> {
             let problem = Problem::new(Kind::Unsupported, "libvirt's <interface> is not supported yet");
             Err(problem.hint("give the socket and the network on the command line, or a native document"))
         }
-        Some('{') => from_json(json::value(bytes)?),
-        Some(_) => from_json(from_yaml(text)?),
+        Some('{') => from_json(json::value(bytes)?, socket),
+        Some(_) => from_json(from_yaml(text)?, socket),
     }
 }
 
-fn from_json(value: Value) -> Result<Document, Problem> {
+fn from_json(value: Value, socket: Option<Socket>) -> Result<Document, Problem> {
     if vif::Document::is_os_vif(&value) {
         let plug = vif::Document::decode(&value).and_then(|document| document.plug());
         let plug = plug.map_err(|e| Problem::invalid(e.to_string()))?;
-        let (id, spec) = osvif::plug_of(&plug)?;
+        let (id, spec) = osvif::plug_of(&plug, socket)?;
         return Ok(Document { id, spec });
+    }
+    if socket.is_some() {
+        let problem = Problem::invalid("a native document names its socket itself, in spec.socket");
+        return Err(problem.hint("leave out the socket, or put it there"));
     }
     let Native { id, spec, .. } = json::typed(value)?;
     Ok(Document { id, spec })
@@ -96,15 +100,15 @@ mod tests {
     use super::*;
 
     fn refused(text: &str) -> Problem {
-        parse(text.as_bytes()).unwrap_err()
+        parse(text.as_bytes(), None).unwrap_err()
     }
 
     #[test]
     fn native_documents_in_json_and_yaml() {
         let json = r#"{"id":"vm1","spec":{"socket":{"role":"listen","path":"/run/vm1.sock"}},"status":{"phase":"linked"}}"#;
         let yaml = "id: vm1\nspec:\n  socket: {role: listen, path: /run/vm1.sock}\n";
-        let document = parse(json.as_bytes()).unwrap();
-        assert_eq!(document, parse(yaml.as_bytes()).unwrap());
+        let document = parse(json.as_bytes(), None).unwrap();
+        assert_eq!(document, parse(yaml.as_bytes(), None).unwrap());
         assert_eq!(document.id.as_str(), "vm1");
     }
 
@@ -115,7 +119,7 @@ mod tests {
         let instance = r#"{"versioned_object.name":"InstanceInfo","versioned_object.namespace":"os_vif",
             "versioned_object.version":"1.0","versioned_object.data":{"uuid":""}}"#;
         let both = format!(r#"{{"vif":{bare},"instance_info":{instance}}}"#);
-        assert_eq!(parse(bare.as_bytes()).unwrap(), parse(both.as_bytes()).unwrap());
+        assert_eq!(parse(bare.as_bytes(), None).unwrap(), parse(both.as_bytes(), None).unwrap());
     }
 
     #[test]
@@ -138,6 +142,6 @@ mod tests {
             assert_eq!(problem.kind, Kind::Invalid, "{text}");
             assert!(problem.detail.contains(expect), "{text:?}: {}", problem.detail);
         }
-        assert!(parse(b"\xff").is_err());
+        assert!(parse(b"\xff", None).is_err());
     }
 }

@@ -4,18 +4,26 @@
 //! VIFVHostUser, no profile       a port of the network that vif.network names
 //!               FPTap            joined with the TAP vif_name
 //!               FPBridge         joined with the TAP vif_name in the profile's bridge
-//!               FPOpenVSwitch    joined with the TAP vif_name in the network's bridge of Open vSwitch
+//!               FPOpenVSwitch    joined with the TAP vif_name in the network's bridge of Open vSwitch; if hybrid, in the
+//!                                profile's Linux bridge, from which a veth pair leads on into that of Open vSwitch
 //!               OpenVSwitch      the same
 //! VIFOpenVSwitch, OpenVSwitch    the TAP vif_name in the network's bridge of Open vSwitch is the guest's card; the profile
 //!                                says whether TAP and port are ours to make (create_tap, create_port)
+//! VIFBridge, OpenVSwitch         hybrid, too: Linux bridge and veth pair; the guest's card is a TAP that its VMM puts there
+//!            no profile          the Linux bridge, with the network's bridge_interface or a VLAN of it if os-vif is to provide
+//!                                that; the guest's card is a TAP that its VMM puts there
 //! VIFGeneric                       the TAP vif_name is the guest's card
 //! VIFDirect, no profile            a macvtap on vlan_name, or on the interface of PCI device dev_address, is the guest's card
 //! ```
+//!
+//! Where a TAP or macvtap is the guest's card, whoever asks may name a vhost-user socket beside the VIF: then that is joined
+//! with the TAP, which we make and open ourselves.
 //!
 //! os-vif's `mode` is the VMM's side of the socket: `client` means that we listen. A guest behind a socket whose
 //! `has_traffic_filtering` is false may send from its addresses in the network's subnets only, if there are any. `plugin`,
 //! `active` and `preserve_on_delete` say nothing about forwarding frames and are not looked at.
 
+mod bridge;
 mod direct;
 mod open_vswitch;
 #[cfg(test)]
@@ -29,30 +37,35 @@ use vif::{Field, Network, Vif, VifKind};
 
 use crate::names::{IpPrefix, Name};
 use crate::problem::{Kind, Problem};
-use crate::spec::{AntiSpoof, PlugSpec, Tap, To};
+use crate::spec::{AntiSpoof, Macvtap, PlugSpec, Socket, Tap, To};
 
 const SUPPORTED: &str = "supported are VIFVHostUser without port profile and with VIFPortProfileFPTap, \
-                         VIFPortProfileFPBridge, VIFPortProfileFPOpenVSwitch (not hybrid) or \
-                         VIFPortProfileOpenVSwitch, VIFOpenVSwitch, VIFGeneric, and VIFDirect without port profile";
+                         VIFPortProfileFPBridge, VIFPortProfileFPOpenVSwitch or VIFPortProfileOpenVSwitch, \
+                         VIFOpenVSwitch, VIFBridge, VIFGeneric, and VIFDirect without port profile";
 
-/// The plug that serves a VIF.
-pub fn plug_of(asked: &vif::Plug) -> Result<(Name, PlugSpec), Problem> {
+/// The plug that serves a VIF, through `socket` if one is given: instead of the guest's VMM we open its TAP then.
+pub fn plug_of(asked: &vif::Plug, socket: Option<Socket>) -> Result<(Name, PlugSpec), Problem> {
     let vif = &asked.vif;
     let id = id_of(vif)?;
     let network = vif.network.value();
+    let guest = socket.is_none();
     let mut spec = PlugSpec {
+        socket,
         mac: vif.address.value().map(|mac| parsed("vif.address", mac)).transpose()?,
         mtu: network.map(mtu_of).transpose()?.flatten(),
         ..PlugSpec::default()
     };
     match &vif.kind {
         VifKind::VhostUser(card) => vhost_user::fill_in(&mut spec, asked, card)?,
+        VifKind::Bridge(card) => spec.to = Some(bridge::host_side(asked, card, guest)?),
         VifKind::OpenVSwitch(card) => open_vswitch::fill_in(&mut spec, asked, card)?,
         VifKind::Generic(card) => {
             let tap = parsed("vif.vif_name", required("vif.vif_name", &card.vif_name)?)?;
-            spec.to = Some(To::Tap(Tap { guest: true, ..Tap::new(tap) }));
+            spec.to = Some(To::Tap(Tap { guest, ..Tap::new(tap) }));
         }
-        VifKind::Direct(card) => spec.to = Some(To::Macvtap(direct::macvtap(vif, card)?)),
+        VifKind::Direct(card) => {
+            spec.to = Some(To::Macvtap(Macvtap { guest, ..direct::macvtap(vif, card)? }));
+        }
         _ => return Err(unsupported(&format!("a VIF of class {}", vif.class))),
     }
     if spec.socket.is_some() && spec.mac.is_some() && vif.has_traffic_filtering.value() == Some(&false) {

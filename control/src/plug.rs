@@ -423,7 +423,7 @@ impl Plugs {
     }
 
     async fn detach_and_forget(&self, id: &Name, spec: &PlugSpec) -> Result<(), Fault> {
-        self.steps.detach(id, spec, self.table.detached(id)).await?;
+        self.steps.detach(id, spec, self.table.detached(id), &self.table.others(id)).await?;
         self.store.delete(id).await?;
         self.table.remove(id);
         Ok(())

@@ -24,7 +24,7 @@ use utoipa::ToSchema;
 
 use self::anti_spoof::ADDRESSES_MAX;
 pub use self::anti_spoof::AntiSpoof;
-pub use self::bridge::Bridge;
+pub use self::bridge::{Bridge, Uplink};
 pub use self::macvtap::{Macvtap, MacvtapMode};
 pub use self::ovs::{Attach, DatapathType, KernelGuest, Ovs, SwitchPort};
 pub use self::tap::Tap;
@@ -36,6 +36,8 @@ const NETWORK_DEFAULT: &str = "default";
 const MTU_DEFAULT: u16 = 1500;
 /// Bounds of an MTU, bytes: IPv4's smallest, and the largest jumbo frame.
 pub const MTU_RANGE: std::ops::RangeInclusive<u16> = 68..=9216;
+/// Numbers of VLANs (IEEE 802.1Q-2018, table 9-2).
+const VLAN_RANGE: std::ops::RangeInclusive<u16> = 1..=4094;
 /// Queue pairs of one port (VIRTIO_NET_CTRL_MQ_VQ_PAIRS_MAX is higher; 128 is what front ends use).
 pub const QUEUES_RANGE: std::ops::RangeInclusive<u16> = 1..=128;
 
@@ -168,6 +170,11 @@ pub enum SpecError {
     /// Nobody is to connect to it.
     #[error("a socket of the switch is for attach vhost_user: leave out spec.to.socket, or ask for that")]
     StraySocket,
+    /// A Linux bridge joins links.
+    #[error(
+        "a hybrid plug goes through Linux bridge spec.to.hybrid by a TAP: leave out attach and socket of spec.to"
+    )]
+    HybridSocket,
 }
 
 impl SpecError {
@@ -182,6 +189,7 @@ impl SpecError {
             Self::Addresses(_) => Some("spec.anti_spoof.addresses"),
             Self::TwoCards => Some("spec.socket"),
             Self::CardAttached => Some("spec.to.attach"),
+            Self::HybridSocket => Some("spec.to.attach"),
             Self::StraySocket => Some("spec.to.socket"),
         }
     }
@@ -211,8 +219,12 @@ impl PlugSpec {
         if let Some(queues) = self.queues {
             bounded("spec.queues", queues, QUEUES_RANGE)?;
         }
+        if let Some(To::Bridge(Bridge { uplink: Some(Uplink { vlan: Some(vlan), .. }), .. })) = &self.to {
+            bounded("spec.to.uplink.vlan", *vlan, VLAN_RANGE)?;
+        }
         let tap = match &mut self.to {
-            None | Some(To::Tap(_)) => return Ok(self),
+            // The VMM's TAP has the name that the VMM gives it.
+            None | Some(To::Tap(_) | To::Bridge(Bridge { guest: true, .. })) => return Ok(self),
             Some(To::Bridge(bridge)) => &mut bridge.tap,
             Some(To::Ovs(ovs)) => {
                 ovs.complete(id)?;
@@ -279,6 +291,9 @@ impl PlugSpec {
     pub fn kernel_guest(&self) -> Option<KernelGuest> {
         match &self.to {
             Some(To::Ovs(ovs)) => ovs.guest,
+            Some(To::Bridge(Bridge { guest: true, .. })) => {
+                Some(KernelGuest { make_tap: false, make_port: false })
+            }
             Some(To::Tap(Tap { guest: true, .. }) | To::Macvtap(Macvtap { guest: true, .. })) => {
                 Some(KernelGuest { make_tap: true, make_port: false })
             }
@@ -484,6 +499,35 @@ mod tests {
         );
         let own = |id: &str| ports(id)[0].split(' ').next().unwrap().to_owned();
         assert_ne!(own("network-port-000001"), own("network-port-000002"));
+    }
+
+    #[test]
+    fn a_bridge_has_an_uplink_and_a_hybrid_plug_a_pair() {
+        let to = json!({"kind": "bridge", "bridge": "br0", "guest": true, "uplink": {"device": "eth1", "vlan": 4094}});
+        let card = spec(json!({"to": to})).completed(&name("vm1")).unwrap();
+        assert!(!card.is_uplink() && card.network.is_none());
+        assert_eq!(serde_json::to_value(&card).unwrap()["to"], to, "the VMM names its TAP");
+        let Some(To::Bridge(Bridge { uplink: Some(uplink), .. })) = card.to else { panic!("no uplink") };
+        assert_eq!(uplink.port().as_str(), "vlan4094");
+        assert_eq!(Uplink { vlan: None, ..uplink }.port().as_str(), "eth1");
+        let vlan =
+            json!({"to": {"kind": "bridge", "bridge": "br0", "uplink": {"device": "eth1", "vlan": 4095}}});
+        assert_eq!(spec(vlan).completed(&name("vm1")).unwrap_err().field(), Some("spec.to.uplink.vlan"));
+
+        let ovs = Ovs { hybrid: Some("qbr0".parse().unwrap()), ..Ovs::new("br-int".parse().unwrap()) };
+        let id = name("dc065497-3c8d-4f44-8fb4-e1d33c16a536");
+        let pair = ovs.veth(&id).unwrap().map(String::from);
+        assert_eq!(pair, ["qvbdc065497-3c", "qvodc065497-3c"]);
+        assert_eq!(ovs.port(&id).as_str(), "qvodc065497-3c");
+        assert_eq!(ovs.veth(&name("a")).unwrap().map(String::from), ["qvba", "qvoa"]);
+        assert_ne!(ovs.port(&name("network-port-000001")), ovs.port(&name("network-port-000002")));
+        for joined in [json!({"attach": "vhost_user"}), json!({"socket": "/run/o/x"})] {
+            let mut to = json!({"kind": "ovs", "bridge": "br-int", "hybrid": "qbr0"});
+            to.as_object_mut().unwrap().extend(joined.as_object().unwrap().clone());
+            let refused = spec(json!({"socket": listen(), "to": to})).completed(&name("vm1")).unwrap_err();
+            assert!(matches!(refused, SpecError::HybridSocket), "{refused}");
+        }
+        assert_eq!(Ovs { hybrid: None, ..ovs }.port(&id), tap_name(&id));
     }
 
     #[test]

@@ -72,6 +72,11 @@ impl Daemon {
         &self.host
     }
 
+    /// The same, to be kept beside the daemon.
+    pub fn netns(&self) -> Arc<Netns> {
+        self.host.clone()
+    }
+
     /// Its process.
     pub fn pid(&self) -> u32 {
         self.process.pid()

@@ -11,6 +11,7 @@ pub mod exchange;
 pub mod flipper;
 pub mod hand;
 pub mod inproc;
+pub mod kill;
 pub mod netns;
 pub mod oracle;
 pub mod ovn;

@@ -120,6 +120,22 @@ impl Ovs {
         run(command.args(arguments.split_whitespace().map(|word| word.replace('\0', " "))))
     }
 
+    /// All rows with what decides how frames go, sorted.
+    pub fn rows(&self) -> Result<String> {
+        let mut lines = Vec::new();
+        for (table, columns) in [
+            ("Bridge", "name,datapath_type,external_ids"),
+            ("Port", "name,tag,vlan_mode,trunks"),
+            ("Interface", "name,type,mtu_request,external_ids"),
+            ("QoS", "type"),
+        ] {
+            let rows = self.vsctl(&format!("--no-wait --format=csv --columns={columns} list {table}"))?;
+            lines.extend(rows.lines().map(|row| format!("{table} {row}")));
+        }
+        lines.sort_unstable();
+        Ok(lines.join("\n"))
+    }
+
     /// A program in the namespace that finds this Open vSwitch: `ovs-ofctl`, `ovs-appctl`, `ovn-controller` …
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = self.host.command(program);

@@ -10,9 +10,10 @@ use anyhow::{Context, Result, ensure};
 use e2e::daemon::Daemon;
 use e2e::deadline::wait_for_some;
 use e2e::exchange::exchange;
+use e2e::kill::killed_in_the_middle;
 use e2e::ovs::{Ovs, datapath_type};
 use e2e::peer::{Peer, PeerConfig};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 /// For anything that must happen.
@@ -35,20 +36,8 @@ impl Host {
         Ok(Self { daemon, ovs })
     }
 
-    /// All links, and all rows with what decides how frames go.
     fn state(&self) -> Result<String> {
-        // The switch keeps ovs-netdev for itself, from its first bridge in user space on.
-        let links =
-            self.ovs.host().run("ip -oneline link | cut -d: -f2 | cut -d@ -f1 | grep -v ovs-netdev")?;
-        let rows = |table: &str, columns: &str| {
-            self.ovs.vsctl(&format!("--no-wait --format=csv --columns={columns} list {table}"))
-        };
-        let mut state = vec![links];
-        state.push(rows("Bridge", "name,datapath_type,external_ids")?);
-        state.push(rows("Port", "name,tag,vlan_mode,trunks")?);
-        state.push(rows("Interface", "name,type,mtu_request,external_ids")?);
-        state.push(rows("QoS", "type")?);
-        Ok(state.iter().map(|rows| sorted(rows)).collect::<Vec<_>>().join("\n"))
+        state(&self.ovs)
     }
 
     /// A plug joined with a TAP in a bridge.
@@ -106,6 +95,13 @@ impl Host {
         let answer = self.daemon.http("GET", &format!("/v1/events?since={}-0", info["epoch"]), "")?;
         Ok(answer.matches(&format!("\"kind\":\"{kind}\"")).count())
     }
+}
+
+/// All links, and all rows with what decides how frames go.
+fn state(ovs: &Ovs) -> Result<String> {
+    // The switch keeps ovs-netdev for itself, from its first bridge in user space on.
+    let links = ovs.host().run("ip -oneline link | cut -d: -f2 | cut -d@ -f1 | grep -v ovs-netdev")?;
+    Ok(format!("{}\n{}", sorted(&links), ovs.rows()?))
 }
 
 fn sorted(text: &str) -> String {
@@ -405,42 +401,11 @@ fn an_isolated_port_starts_in_the_dead_vlan_and_stays_where_somebody_puts_it() -
 /// Whatever step the daemon is at when it is killed, what it wrote down before decides: it goes on, or there is nothing.
 #[test]
 fn a_daemon_killed_in_the_middle_of_a_plug_or_unplug_leaves_neither_gaps_nor_leftovers() -> Result<()> {
-    const ROUNDS: u32 = 12;
     let mut host = Host::start()?;
-    let before = host.state()?;
     let spec = json!({"socket": {"role": "listen", "path": host.socket("vm1")},
                       "to": {"kind": "ovs", "bridge": "br0", "iface_id": "lsp1"}});
-    let body = json!({"spec": spec}).to_string();
-    host.daemon.http("PUT", "/v1/plugs/vm1", &body)?;
-    let plugged = host.state()?;
-    for round in 0..ROUNDS {
-        let (method, body) = if round % 2 == 0 { ("DELETE", "") } else { ("PUT", body.as_str()) };
-        let (sender, done) = std::sync::mpsc::channel();
-        std::thread::scope(|scope| {
-            let daemon = &host.daemon;
-            scope.spawn(move || {
-                // It fails when the daemon dies first.
-                let _ = daemon.http(method, "/v1/plugs/vm1", body);
-                let _ = sender.send(());
-            });
-            let _ = done.recv_timeout(Duration::from_millis((1 + round / 2).into()));
-            let pid = Pid::from_raw(daemon.pid().cast_signed()).context("a process")?;
-            kill_process(pid, Signal::KILL)?;
-            anyhow::Ok(())
-        })?;
-        host.daemon.kill_and_restart()?;
-        let is_there = || host.daemon.run(&["ls", "-o", "name"]).map(|names| !names.is_empty());
-        wait_for_some("the plug to be there whole, or not at all", SOON, || {
-            let (there, state) = (is_there()?, host.state()?);
-            Ok((state == if there { plugged.as_str() } else { before.as_str() }).then_some(()))
-        })
-        .with_context(|| host.state().unwrap_or_default())?;
-        // Each round begins where an unkilled one would have ended.
-        host.daemon.http(method, "/v1/plugs/vm1", body)?;
-    }
-    host.daemon.run(&["unplug", "vm1"])?;
-    assert_eq!(host.state()?, before);
-    Ok(())
+    let Host { daemon, ovs } = &mut host;
+    killed_in_the_middle(daemon, &spec, || state(ovs))
 }
 
 #[test]

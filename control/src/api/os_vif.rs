@@ -13,19 +13,24 @@ use super::plugs::{Unplugged, ensure, remove};
 use crate::osvif;
 use crate::problem::Problem;
 use crate::server::Caller;
+use crate::spec::Socket;
 use crate::status::Plug;
 
 /// What os-vif hands to a plug-in: two versioned objects.
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct OsVifRequest {
-    /// A VIFVHostUser or VIFOpenVSwitch.
+    /// A VIF of a class that is served.
     #[schema(value_type = Object)]
     vif: Value,
     /// An InstanceInfo.
     #[serde(default)]
     #[schema(value_type = Object, nullable)]
     instance_info: Value,
+    /// A vhost-user socket to serve the guest by, instead of the TAP or macvtap that the VIF would be its card. Unplugging
+    /// does not heed it.
+    #[serde(default)]
+    socket: Option<Socket>,
 }
 
 /// Plug a VIF. Its id names the plug.
@@ -39,7 +44,8 @@ pub(super) async fn plug(
     Params(params): Params<PlugParams>,
     Body(request): Body<OsVifRequest>,
 ) -> Result<(StatusCode, Json<Plug>), Problem> {
-    let (id, spec) = osvif::plug_of(&decoded(&request)?)?;
+    let asked = decoded(&request)?;
+    let (id, spec) = osvif::plug_of(&asked, request.socket)?;
     ensure(&daemon, caller, id, spec, &params).await
 }
 

@@ -30,7 +30,7 @@ pub(super) fn macvtap(vif: &Vif, card: &DirectVif) -> Result<Macvtap, Problem> {
         DirectMode::Bridge => MacvtapMode::Bridge,
     };
     let tap = card.vif_name.value().map(|name| parsed("vif.vif_name", name)).transpose()?;
-    Ok(Macvtap { mode, tap, guest: true, ..Macvtap::new(device) })
+    Ok(Macvtap { mode, tap, ..Macvtap::new(device) })
 }
 
 /// The network interface of a PCI device.

@@ -19,8 +19,9 @@ pub(super) fn fill_in(spec: &mut PlugSpec, asked: &vif::Plug, card: &OpenVSwitch
     let guest =
         KernelGuest { make_tap: is_set(&profile.create_tap), make_port: is_set(&profile.create_port) };
     let tap = Some(parsed("vif.vif_name", required("vif.vif_name", &card.vif_name)?)?);
-    spec.queues = is_set(&profile.multiqueue).then_some(CARD_QUEUES);
-    spec.to = Some(To::Ovs(Ovs { tap, guest: Some(guest), ..port(asked, profile)? }));
+    let guest = spec.socket.is_none().then_some(guest);
+    spec.queues = (guest.is_some() && is_set(&profile.multiqueue)).then_some(CARD_QUEUES);
+    spec.to = Some(To::Ovs(Ovs { tap, guest, ..port(asked, profile)? }));
     Ok(())
 }
 

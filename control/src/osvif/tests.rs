@@ -1,6 +1,7 @@
 //! What each VIF is made of, as a plug's spec.
 
 use super::*;
+use crate::spec::Role;
 use serde_json::{Value, json};
 
 fn envelope(class: &str, version: &str, data: Value) -> Value {
@@ -21,8 +22,13 @@ fn vif(mut more: Value) -> Value {
 }
 
 fn plug(value: &Value) -> Result<Value, Problem> {
+    plug_by(value, None)
+}
+
+/// The same with a socket beside the VIF.
+fn plug_by(value: &Value, socket: Option<Socket>) -> Result<Value, Problem> {
     let document = vif::Document::decode(value).unwrap();
-    let (id, spec) = plug_of(&document.plug().unwrap())?;
+    let (id, spec) = plug_of(&document.plug().unwrap(), socket)?;
     assert_eq!(id.as_str(), ID);
     Ok(serde_json::to_value(spec).unwrap())
 }
@@ -113,6 +119,103 @@ fn a_vhost_user_port_in_open_vswitch_is_joined_with_a_tap() {
 }
 
 #[test]
+fn a_hybrid_plug_goes_through_a_linux_bridge() {
+    let socket = json!({"path": "/run/vm.sock", "mode": "client", "vif_name": "tapdc065497-3c"});
+    let profile = json!({"interface_id": ID, "hybrid_plug": true, "bridge_name": "qbrdc065497-3c"});
+    let spec = plug(&in_ovs("VIFVHostUser", "VIFPortProfileFPOpenVSwitch", socket.clone(), profile)).unwrap();
+    let to = json!({"kind": "ovs", "bridge": "br-int", "hybrid": "qbrdc065497-3c", "tap": "tapdc065497-3c",
+                    "iface_id": ID});
+    assert_eq!(spec["to"], to);
+    let plain = json!({"interface_id": ID, "hybrid_plug": false, "bridge_name": "qbrdc065497-3c"});
+    let spec = plug(&in_ovs("VIFVHostUser", "VIFPortProfileFPOpenVSwitch", socket, plain)).unwrap();
+    assert_eq!(spec["to"]["hybrid"], Value::Null);
+
+    let card = json!({"vif_name": "tapdc065497-3c", "bridge_name": "qbrdc065497-3c"});
+    let card = in_ovs("VIFBridge", "VIFPortProfileOpenVSwitch", card, json!({"interface_id": ID}));
+    let mut guests = to.clone();
+    guests["guest"] = json!({"make_tap": false, "make_port": true});
+    assert_eq!(plug(&card).unwrap()["to"], guests);
+    let socket = Socket { role: Role::Listen, path: "/run/vm.sock".parse().unwrap() };
+    let served = plug_by(&card, Some(socket)).unwrap();
+    assert_eq!((&served["to"], &served["socket"]["path"]), (&to, &json!("/run/vm.sock")));
+}
+
+/// A VIFBridge in a network with these fields.
+fn in_bridge(network: Value) -> Value {
+    let card = json!({"id": ID, "vif_name": "tap1", "bridge_name": "brq1", "address": "22:52:25:62:e2:aa",
+                      "network": envelope("Network", "1.1", network)});
+    envelope("VIFBridge", "1.0", card)
+}
+
+#[test]
+fn a_bridge_has_the_uplink_that_os_vif_is_to_provide() {
+    let of = |network| plug(&in_bridge(network)).unwrap()["to"].clone();
+    let uplink = |network| of(network)["uplink"].clone();
+    let bare = json!({"kind": "bridge", "bridge": "brq1", "tap": "tap1", "guest": true});
+    assert_eq!(of(json!({})), bare);
+    assert_eq!(of(json!({"bridge_interface": "eth1"})), bare, "somebody else made the bridge");
+    let provided = json!({"should_provide_bridge": true, "bridge_interface": "eth1", "vlan": 7});
+    let with = |field: &str, value: Value| {
+        let mut network = provided.clone();
+        network[field] = value;
+        network
+    };
+    assert_eq!(uplink(provided.clone()), json!({"device": "eth1"}));
+    assert_eq!(uplink(with("bridge_interface", Value::Null)), Value::Null);
+    assert_eq!(uplink(with("multi_host", json!(true))), Value::Null);
+    assert_eq!(uplink(with("should_provide_vlan", json!(true))), json!({"device": "eth1", "vlan": 7}));
+    let asked_for = |network, field| {
+        assert_eq!(plug(&in_bridge(network)).unwrap_err().field.as_deref(), Some(field));
+    };
+    let vlan = json!({"should_provide_bridge": true, "should_provide_vlan": true});
+    asked_for(vlan.clone(), "vif.network.bridge_interface");
+    let mut vlan = vlan;
+    vlan["bridge_interface"] = json!("eth1");
+    asked_for(vlan.clone(), "vif.network.vlan");
+    vlan["vlan"] = json!(70_000);
+    asked_for(vlan, "vif.network.vlan");
+    asked_for(with("bridge_interface", json!("sixteen-bytes-xx")), "vif.network.bridge_interface");
+
+    // Without a bridge of its own it is the network's.
+    let network = envelope("Network", "1.1", json!({"bridge": "brq2"}));
+    let card = |network: &Value| envelope("VIFBridge", "1.0", json!({"id": ID, "network": network}));
+    assert_eq!(
+        plug(&card(&network)).unwrap()["to"],
+        json!({"kind": "bridge", "bridge": "brq2", "guest": true})
+    );
+    let nowhere = plug(&card(&Value::Null)).unwrap_err();
+    assert_eq!(nowhere.field.as_deref(), Some("vif.bridge_name"));
+}
+
+#[test]
+fn any_card_may_be_served_by_a_socket_beside_it() {
+    let socket = || Socket { role: Role::Connect, path: "/run/vm.sock".parse().unwrap() };
+    let profile = "VIFPortProfileOpenVSwitch";
+    let data = json!({"create_tap": true, "create_port": true, "multiqueue": true});
+    let generic = envelope("VIFGeneric", "1.0", json!({"id": ID, "vif_name": "tap1"}));
+    let direct = json!({"id": ID, "vif_name": "mvt1", "mode": "bridge", "vlan_name": "vlan7"});
+    for (vif, to) in [
+        (in_bridge(json!({})), json!({"kind": "bridge", "bridge": "brq1", "tap": "tap1"})),
+        (generic, json!({"kind": "tap", "tap": "tap1"})),
+        (
+            envelope("VIFDirect", "1.0", direct),
+            json!({"kind": "macvtap", "device": "vlan7", "mode": "bridge", "tap": "mvt1"}),
+        ),
+        (
+            in_ovs("VIFOpenVSwitch", profile, json!({"vif_name": "tap1"}), data),
+            json!({"kind": "ovs", "bridge": "br-int", "tap": "tap1"}),
+        ),
+    ] {
+        let spec = plug_by(&vif, Some(socket())).unwrap();
+        assert_eq!((&spec["to"], &spec["queues"]), (&to, &Value::Null));
+        assert_eq!(spec["socket"], json!({"role": "connect", "path": "/run/vm.sock"}));
+        assert!(plug(&vif).unwrap()["socket"].is_null());
+    }
+    let twice = plug_by(&vif(json!({})), Some(socket())).unwrap_err();
+    assert_eq!((twice.kind, twice.field.as_deref()), (Kind::Invalid, Some("socket")));
+}
+
+#[test]
 fn the_guests_tap_in_open_vswitch_is_made_as_far_as_the_profile_says() {
     let profile = "VIFPortProfileOpenVSwitch";
     let card = |data| {
@@ -151,8 +254,8 @@ fn cards_of_the_kernels_own_are_made_for_the_vmm() {
 #[test]
 fn what_is_not_supported_is_said_with_what_is() {
     let qbh = envelope("VIFPortProfile8021Qbh", "1.1", json!({}));
-    let hybrid = json!({"interface_id": ID, "hybrid_plug": true, "bridge_name": "qbr1"});
-    let hybrid = envelope("VIFPortProfileFPOpenVSwitch", "1.4", hybrid);
+    let fp_tap = envelope("VIFPortProfileFPTap", "1.1", json!({}));
+    let fp_tap = json!({"id": ID, "vif_name": "tap1", "bridge_name": "br1", "port_profile": fp_tap});
     let device = envelope("VIFHostDevice", "1.0", json!({"id": ID, "dev_address": "0000:03:00.1"}));
     let qbg = envelope("VIFPortProfile8021Qbg", "1.1", json!({}));
     let direct = json!({"id": ID, "mode": "vepa", "vlan_name": "vlan7", "port_profile": qbg});
@@ -160,7 +263,7 @@ fn what_is_not_supported_is_said_with_what_is() {
     let bare = envelope("VIFOpenVSwitch", "1.0", json!({"id": ID, "vif_name": "tap1"}));
     for (value, named) in [
         (vif(json!({"port_profile": qbh})), "VIFPortProfile8021Qbh"),
-        (vif(json!({"port_profile": hybrid, "vif_name": "tap1"})), "hybrid"),
+        (envelope("VIFBridge", "1.0", fp_tap), "VIFPortProfileFPTap"),
         (device, "VIFHostDevice"),
         (direct, "VIFPortProfile8021Qbg"),
         (bare, "VIFOpenVSwitch"),
@@ -200,6 +303,19 @@ fn what_a_plug_needs_is_asked_for() {
         (envelope("VIFVHostUser", "1.1", json!({"id": ID, "path": "/x"})), "vif.mode"),
         (envelope("VIFVHostUser", "1.1", json!({})), "vif.id"),
         (envelope("VIFGeneric", "1.0", json!({"id": ID})), "vif.vif_name"),
+        (
+            in_ovs("VIFBridge", "VIFPortProfileOpenVSwitch", json!({"vif_name": "t"}), json!({})),
+            "vif.bridge_name",
+        ),
+        (
+            in_ovs(
+                "VIFVHostUser",
+                "VIFPortProfileFPOpenVSwitch",
+                json!({"path": "/x", "mode": "client", "vif_name": "t"}),
+                json!({"hybrid_plug": true}),
+            ),
+            "vif.port_profile.bridge_name",
+        ),
         (envelope("VIFDirect", "1.0", json!({"id": ID, "mode": "vepa"})), "vif.dev_address"),
         (envelope("VIFDirect", "1.0", json!({"id": ID, "vlan_name": "v"})), "vif.mode"),
     ] {

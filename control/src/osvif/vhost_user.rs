@@ -8,6 +8,10 @@ use crate::problem::Problem;
 use crate::spec::{Bridge, Ovs, PlugSpec, Role, Socket, Tap, To};
 
 pub(super) fn fill_in(spec: &mut PlugSpec, asked: &vif::Plug, card: &VhostUserVif) -> Result<(), Problem> {
+    if spec.socket.is_some() {
+        let problem = Problem::invalid("a VIFVHostUser names its socket itself, in vif.path");
+        return Err(problem.field("socket").hint("leave out the socket beside the VIF"));
+    }
     spec.socket = Some(socket_of(card)?);
     match asked.vif.port_profile.value() {
         Some(profile) if !matches!(profile.kind, ProfileKind::Base) => {
@@ -43,11 +47,11 @@ fn host_side(asked: &vif::Plug, vif: &VhostUserVif, profile: &PortProfile) -> Re
             let bridge = parsed(field, required(field, &bridge.bridge_name)?)?;
             Ok(To::Bridge(Bridge { tap: Some(tap()?), ..Bridge::new(bridge) }))
         }
-        ProfileKind::FpOpenVSwitch(_, more) if more.hybrid_plug.value() == Some(&true) => {
-            Err(unsupported("a hybrid plug, through a Linux bridge into Open vSwitch,"))
-        }
-        ProfileKind::FpOpenVSwitch(ovs, _) => {
-            Ok(To::Ovs(Ovs { tap: Some(tap()?), ..open_vswitch::port(asked, ovs)? }))
+        ProfileKind::FpOpenVSwitch(ovs, more) => {
+            let field = "vif.port_profile.bridge_name";
+            let is_hybrid = more.hybrid_plug.value() == Some(&true);
+            let bridge = is_hybrid.then(|| parsed(field, required(field, &more.bridge_name)?)).transpose()?;
+            Ok(To::Ovs(Ovs { tap: Some(tap()?), hybrid: bridge, ..open_vswitch::port(asked, ovs)? }))
         }
         // os-vif's own plug-in does not look at vif_name. nova's is the same that it makes up.
         ProfileKind::OpenVSwitch(ovs) => {

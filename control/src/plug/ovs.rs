@@ -3,6 +3,7 @@
 //! ```text
 //! guest ── vhostd ── TAP ── bridge                    as it comes, and where the bridge forwards in the kernel
 //! guest ── vhostd ══ socket ══ bridge                 vhost-user: we are a guest to ovs-vswitchd, which polls with DPDK
+//! guest ── vhostd ── TAP ── qbr… ── qvb…/qvo… ── bridge     hybrid, through a Linux bridge
 //! guest ── TAP ── pb… ── pbp…/ibp… ── bridge          with a bridge of the port's own
 //! ```
 //!
@@ -241,12 +242,12 @@ async fn device(host: &HostNet, id: &Name, ovs: &Ovs) -> Result<Device, StepErro
     if ovs.vhost_user().is_some() {
         return Ok(Device::Own);
     }
-    if !ovs.makes_tap() {
+    if ovs.hybrid.is_none() && !ovs.makes_tap() {
         return Ok(Device::ToCome);
     }
-    let tap = ovs.tap(id);
-    let missing = || hostnet::Error::Missing { name: tap.to_string() };
-    Ok(Device::Host(host.link(tap.as_str()).await?.ok_or_else(missing)?.ifindex))
+    let port = ovs.port(id);
+    let missing = || hostnet::Error::Missing { name: port.to_string() };
+    Ok(Device::Host(host.link(port.as_str()).await?.ok_or_else(missing)?.ifindex))
 }
 
 /// A link of the bridge's name that is no bridge of Open vSwitch would make ovs-vswitchd fail in a way that only its log tells.
@@ -299,7 +300,7 @@ fn missing_in(view: &View, id: &Name, spec: &PlugSpec, ovs: &Ovs) -> Vec<String>
     if let Some(found) = interface(ports.first()).and_then(|first| first.mtu)
         && found != i64::from(mtu)
     {
-        messages.push(format!("{} has MTU {found} in Open vSwitch, the plug {mtu}", ovs.tap(id)));
+        messages.push(format!("{} has MTU {found} in Open vSwitch, the plug {mtu}", ovs.port(id)));
     }
     if let Some(iface_id) = ovs.iface_id.as_ref()
         && view.ovn_bridge() == Some(ovs.bridge.as_str())

@@ -4,8 +4,8 @@ use hostnet::{HostNet, Kind};
 
 use super::ovs::OpenVSwitch;
 use super::steps::StepError;
-use crate::names::Name;
-use crate::spec::{Bridge, Macvtap, Ovs, PlugSpec, Role, Socket, To};
+use crate::names::{IfName, Name};
+use crate::spec::{Bridge, Macvtap, Ovs, PlugSpec, Role, Socket, To, Uplink};
 
 /// The steps, one sentence each. Fails where the first of them would because of what is there.
 pub(super) async fn plan(
@@ -18,14 +18,32 @@ pub(super) async fn plan(
     match &spec.to {
         None => {}
         Some(to @ To::Tap(_)) => steps.push(tap(host, id, spec, to).await?),
-        Some(to @ To::Bridge(Bridge { bridge, .. })) => {
-            let made =
-                link(host, "a Linux bridge", bridge.as_str(), |kind| matches!(kind, Kind::Bridge)).await?;
-            let joined = format!("put {} into {bridge}", to.tap(id));
-            steps.extend([tap(host, id, spec, to).await?, made, joined]);
+        Some(to @ To::Bridge(Bridge { bridge, uplink, guest, .. })) => {
+            if !guest {
+                steps.push(tap(host, id, spec, to).await?);
+            }
+            steps.push(linux_bridge(host, bridge).await?);
+            if let Some(uplink) = uplink {
+                steps.extend(vlan(host, uplink).await?);
+                let port = uplink.port();
+                steps.push(format!("put {port} into {bridge}, and move its addresses and routes there"));
+            }
+            if !guest {
+                steps.push(format!("put {} into {bridge}", to.tap(id)));
+            }
         }
-        Some(To::Ovs(ovs)) if !ovs.makes_tap() || ovs.vhost_user().is_some() => {}
-        Some(to @ To::Ovs(_)) => steps.push(tap(host, id, spec, to).await?),
+        Some(to @ To::Ovs(ovs)) => {
+            if ovs.makes_tap() && ovs.vhost_user().is_none() {
+                steps.push(tap(host, id, spec, to).await?);
+            }
+            if let (Some(bridge), Some([near, far])) = (&ovs.hybrid, ovs.veth(id)) {
+                steps.push(linux_bridge(host, bridge).await?);
+                let pair = link(host, "a veth pair", near.as_str(), |kind| *kind == Kind::Veth).await?;
+                let ports =
+                    if ovs.makes_tap() { format!("{near} and {}", to.tap(id)) } else { near.to_string() };
+                steps.extend([format!("{pair}: to {far}"), format!("put {ports} into {bridge}")]);
+            }
+        }
         Some(to @ To::Macvtap(Macvtap { device, mode, .. })) => {
             let name = to.tap(id);
             let made =
@@ -38,6 +56,17 @@ pub(super) async fn plan(
         steps.extend(in_ovs(ovs, id, to).await?);
     }
     Ok(steps)
+}
+
+async fn linux_bridge(host: &HostNet, bridge: &IfName) -> Result<String, StepError> {
+    link(host, "a Linux bridge", bridge.as_str(), |kind| matches!(kind, Kind::Bridge)).await
+}
+
+/// The uplink's VLAN, if it is one.
+async fn vlan(host: &HostNet, uplink: &Uplink) -> Result<Option<String>, StepError> {
+    let (Some(number), port) = (uplink.vlan, uplink.port()) else { return Ok(None) };
+    let made = link(host, "a VLAN", port.as_str(), |kind| matches!(kind, Kind::Vlan(_))).await?;
+    Ok(Some(format!("{made}: number {number} of {}", uplink.device)))
 }
 
 /// The TAP, and what it will be.

@@ -11,7 +11,8 @@ use vhost_user::{Access, Endpoint};
 use super::bridge::LinuxBridges;
 use super::ovs::OpenVSwitch;
 use super::plan::plan;
-use super::{macvtap, tap};
+use super::table::Others;
+use super::{bridge, macvtap, tap};
 use crate::config::OvsConfig;
 use crate::names::Name;
 use crate::spec::{PlugSpec, Role, Socket, To};
@@ -126,6 +127,9 @@ impl StepError {
                     | Host::OtherPlug { .. }
                     | Host::WrongKind { .. }
                     | Host::Enslaved { .. }
+                    | Host::ForeignBridge { .. }
+                    | Host::OtherUplink { .. }
+                    | Host::OtherVlan { .. }
             ),
             Self::Ovs(error) => error.is_conflict(),
             Self::Socket(error) => {
@@ -238,9 +242,10 @@ impl Steps {
         id: &Name,
         spec: &PlugSpec,
         ports: Vec<PortId>,
+        others: &Others<'_>,
     ) -> Result<(), StepError> {
         self.remove_ports(ports).await;
-        self.remove_host_side(id, spec).await
+        self.remove_host_side(id, spec, others).await
     }
 
     /// How far the plug's ports have come.
@@ -286,11 +291,15 @@ impl Steps {
             To::Tap(_) => tap::ensure(&self.host, id, spec, to).await,
             To::Ovs(ovs) => match ovs.vhost_user() {
                 Some(socket) => Ok(Some(self.ensure_switch_socket(spec, &socket).await?)),
-                None => tap::ensure(&self.host, id, spec, to).await,
+                None => {
+                    let link = tap::ensure(&self.host, id, spec, to).await?;
+                    bridge::join_hybrid(&self.host, id, spec, ovs).await?;
+                    Ok(link)
+                }
             },
             To::Bridge(bridge) => {
                 let link = tap::ensure(&self.host, id, spec, to).await?;
-                self.bridges.join(&self.host, id, bridge).await?;
+                self.bridges.join(&self.host, id, spec, bridge).await?;
                 Ok(link)
             }
             To::Macvtap(macvtap) => macvtap::ensure(&self.host, id, spec, macvtap).await,
@@ -307,17 +316,23 @@ impl Steps {
     }
 
     /// The TAP goes last out of Open vSwitch, which holds it by its number, and first out of a Linux bridge, which lets it go.
-    async fn remove_host_side(&self, id: &Name, spec: &PlugSpec) -> Result<(), StepError> {
+    async fn remove_host_side(
+        &self,
+        id: &Name,
+        spec: &PlugSpec,
+        others: &Others<'_>,
+    ) -> Result<(), StepError> {
         match &spec.to {
             None => Ok(()),
             Some(to @ To::Tap(_)) => tap::remove(&self.host, id, to).await,
             Some(to @ To::Bridge(bridge)) => {
                 tap::remove(&self.host, id, to).await?;
-                self.bridges.remove(&self.host, bridge).await
+                self.bridges.leave(&self.host, bridge, others).await
             }
             Some(to @ To::Ovs(ovs)) => {
                 self.ovs.remove_ports(id, ovs).await?;
                 tap::remove(&self.host, id, to).await?;
+                bridge::leave_hybrid(&self.host, id, ovs).await?;
                 self.ovs.remove_bridges(id, ovs).await
             }
             Some(To::Macvtap(macvtap)) => macvtap::remove(&self.host, id, macvtap).await,

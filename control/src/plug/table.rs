@@ -37,6 +37,20 @@ pub(super) struct Fault {
     pub(super) message: String,
 }
 
+/// All plugs but one that are wanted, however far they have come.
+pub(super) struct Others<'a> {
+    table: &'a Table,
+    id: &'a Name,
+}
+
+impl Others<'_> {
+    /// Whether one of them is so.
+    pub(super) fn any(&self, is_so: impl Fn(&PlugSpec) -> bool) -> bool {
+        let wanted = |entry: &Entry| entry.record.intent == Intent::Plugged && is_so(&entry.record.spec);
+        self.table.entries().iter().any(|(id, entry)| id != self.id && wanted(entry))
+    }
+}
+
 /// What may be done with a plug that is asked for.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Admission {
@@ -79,6 +93,11 @@ impl Table {
 
     pub(super) fn look(&self, id: &Name) -> Option<(Record, Option<Vec<PortId>>, Option<Fault>)> {
         self.entries().get(id).map(|e| (e.record.clone(), e.ports.clone(), e.fault.clone()))
+    }
+
+    /// The other plugs that are wanted.
+    pub(super) fn others<'a>(&'a self, id: &'a Name) -> Others<'a> {
+        Others { table: self, id }
     }
 
     /// Whether a plug may be.

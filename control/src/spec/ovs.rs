@@ -6,6 +6,11 @@ use utoipa::ToSchema;
 use super::{Role, Socket, SpecError, hashed, is_false, tap_name};
 use crate::names::{ExternalId, IfName, Name, SocketPath};
 
+/// Characters of a UUID.
+const UUID_CHARS: usize = 36;
+/// Characters of a plug's id in the names of its veth pair.
+const PAIR_ID_CHARS: usize = 11;
+
 /// Trunk bridges of Neutron, one a trunk port, are named so and go with their port.
 const TRUNK_PREFIX: &str = "tbr-";
 
@@ -15,7 +20,11 @@ const TRUNK_PREFIX: &str = "tbr-";
 pub struct Ovs {
     /// The bridge; made if it is not there.
     pub bridge: IfName,
-    /// The port, and the TAP behind it, if there is one; named after the plug if left out.
+    /// Linux bridge between the TAP and Open vSwitch, where others filter; made if it is not there. A veth pair leads on from
+    /// it, `qvb…` to `qvo…`, and that is the port.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hybrid: Option<IfName>,
+    /// The port, and the TAP behind it, if there is one; named after the plug if left out. Of a hybrid plug the TAP only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tap: Option<IfName>,
     /// What joins us with the switch. Left out of a new plug: vhost-user if the bridge forwards in user space, with DPDK,
@@ -103,6 +112,7 @@ impl Ovs {
     pub fn new(bridge: IfName) -> Self {
         Self {
             bridge,
+            hybrid: None,
             tap: None,
             attach: None,
             socket: None,
@@ -123,6 +133,12 @@ impl Ovs {
     /// Fills in what follows from the rest, which must not contradict itself.
     pub(super) fn complete(&mut self, id: &Name) -> Result<(), SpecError> {
         self.tap.get_or_insert_with(|| tap_name(id));
+        if self.hybrid.is_some() && self.guest.is_none() {
+            // What is in a Linux bridge is a link.
+            if *self.attach.get_or_insert(Attach::Tap) == Attach::VhostUser || self.socket.is_some() {
+                return Err(SpecError::HybridSocket);
+            }
+        }
         match (self.guest, self.attach, &self.socket) {
             (None, None, Some(_)) => self.attach = Some(Attach::VhostUser),
             (Some(_), Some(_), _) => return Err(SpecError::CardAttached),
@@ -165,7 +181,6 @@ impl Ovs {
     /// The port's own bridge. os-vif has the first 14 characters of `pb` and the VIF's UUID; of another name they would not
     /// be enough.
     pub fn own_bridge(&self, id: &Name) -> Option<String> {
-        const UUID_CHARS: usize = 36;
         let cut = || format!("pb{}", &id.as_str()[..12]);
         let name = || if id.as_str().len() == UUID_CHARS { cut() } else { format!("pb{}", hashed(id)) };
         self.per_port_bridge.then(name)
@@ -173,7 +188,7 @@ impl Ovs {
 
     /// The ports that are ours to make: first the one behind which the guest is, last the logical port.
     pub fn ports(&self, id: &Name) -> Vec<SwitchPort> {
-        let (bridge, name) = (self.bridge.to_string(), self.tap(id).to_string());
+        let (bridge, name) = (self.bridge.to_string(), self.port(id).to_string());
         if !self.makes_port() {
             return Vec::new();
         }
@@ -184,6 +199,28 @@ impl Ovs {
             SwitchPort { bridge: own, name: outer.clone(), peer: Some(inner.clone()) },
             SwitchPort { bridge, name: inner, peer: Some(outer) },
         ]
+    }
+
+    /// The ends of the veth pair of a hybrid plug, in the Linux bridge and in Open vSwitch. os-vif has the first 14 characters
+    /// of `qvb` or `qvo` and the VIF's UUID; of another long name they would not be enough.
+    pub fn veth(&self, id: &Name) -> Option<[IfName; 2]> {
+        self.hybrid.as_ref()?;
+        let id = match id.as_str() {
+            uuid if uuid.len() == UUID_CHARS => uuid[..PAIR_ID_CHARS].to_owned(),
+            short if short.len() <= PAIR_ID_CHARS => short.to_owned(),
+            _ => hashed(id),
+        };
+        let name =
+            |prefix| format!("{prefix}{id}").parse().expect("15 characters of a name are an interface's");
+        Some([name("qvb"), name("qvo")])
+    }
+
+    /// The port's name: that of the device behind it.
+    pub fn port(&self, id: &Name) -> IfName {
+        match self.veth(id) {
+            Some([_, port]) => port,
+            None => self.tap(id),
+        }
     }
 
     /// Whether the TAP is ours to make.

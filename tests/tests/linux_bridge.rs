@@ -1,0 +1,351 @@
+//! Plugs into Linux bridges, and through one into Open vSwitch: real bridges, a real switch, the daemon. What is compared
+//! before and after is all there is of the host: links, addresses, routes, and rows of the switch's database.
+#![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use e2e::daemon::Daemon;
+use e2e::deadline::wait_for_some;
+use e2e::exchange::exchange;
+use e2e::kill::killed_in_the_middle;
+use e2e::netns::Netns;
+use e2e::ovs::Ovs;
+use e2e::peer::{Peer, PeerConfig};
+use serde_json::{Value, json};
+
+const SOON: Duration = Duration::from_secs(30);
+const MAC: &str = "52:54:00:00:00:01";
+const INSTANCE: &str = "d7a730ca-3c28-49c3-8f26-4662b909fe8a";
+
+/// All links with what they are ports of, their MTUs and what frames meet there, and the host's addresses and routes.
+fn state(host: &Netns) -> Result<String> {
+    let links: Value = serde_json::from_str(&host.run("ip -json -details link")?)?;
+    let mut lines: Vec<String> = Vec::new();
+    for link in links.as_array().context("an array")? {
+        // The switch keeps ovs-netdev for itself, from its first bridge in user space on.
+        if link["ifname"] != "ovs-netdev" {
+            let [name, master, mtu] = ["ifname", "master", "mtu"].map(|key| &link[key]);
+            lines
+                .push(format!("{name} {master} {mtu} {} {}", link["linkinfo"]["info_kind"], link["ifalias"]));
+        }
+    }
+    lines.sort_unstable();
+    // Forwarding is not what changes when a link's carrier does.
+    let ways =
+        host.run("ip -oneline addr show scope global; ip route; ip -6 route | grep -v fe80 || true")?;
+    let mut ways: Vec<_> = ways.lines().map(|way| way.replace(" linkdown", "")).collect();
+    // The numbers of links that were made anew differ.
+    ways.iter_mut().for_each(|way| *way = way.trim_start_matches(|c: char| c.is_ascii_digit()).to_owned());
+    ways.sort_unstable();
+    Ok([lines, ways].concat().join("\n"))
+}
+
+fn ovs_state(ovs: &Ovs) -> Result<String> {
+    Ok(format!("{}\n{}", state(ovs.host())?, ovs.rows()?))
+}
+
+fn envelope(class: &str, version: &str, data: &Value) -> Value {
+    json!({"versioned_object.name": class, "versioned_object.namespace": "os_vif",
+           "versioned_object.version": version, "versioned_object.data": data})
+}
+
+/// What os-vif hands to a plug-in.
+fn asked(class: &str, id: &str, mut more: Value, network: &Value, profile: Option<Value>) -> Value {
+    let version = if class == "VIFVHostUser" { "1.1" } else { "1.0" };
+    let mut data = json!({"id": id, "address": MAC, "network": envelope("Network", "1.1", network)});
+    data.as_object_mut().unwrap().extend(profile.map(|profile| ("port_profile".to_owned(), profile)));
+    data.as_object_mut().unwrap().append(more.as_object_mut().unwrap());
+    let instance = envelope("InstanceInfo", "1.0", &json!({"uuid": INSTANCE}));
+    json!({"vif": envelope(class, version, &data), "instance_info": instance})
+}
+
+/// A VIFBridge for vif_name `tapID` in this bridge.
+fn bridge_vif(id: &str, bridge: &str, network: &Value, profile: Option<Value>) -> Value {
+    let more = json!({"vif_name": format!("tap{id}"), "bridge_name": bridge});
+    asked("VIFBridge", id, more, network, profile)
+}
+
+fn by_socket(daemon: &Daemon, id: &str, mut asked: Value) -> Value {
+    asked["socket"] = json!({"role": "listen", "path": daemon.socket(id)});
+    asked
+}
+
+/// Asks for something, and gives the answer's body if it is this status.
+fn post(daemon: &Daemon, path: &str, body: &Value, status: u16) -> Result<Value> {
+    let answer = daemon.http("POST", path, &body.to_string())?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("an answer")?;
+    ensure!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
+    Ok(serde_json::from_str(body)?)
+}
+
+fn plug(daemon: &Daemon, asked: &Value) -> Result<Value> {
+    post(daemon, "/v1/os-vif/plug", asked, 201)
+}
+
+fn unplug(daemon: &Daemon, asked: &Value) -> Result<Value> {
+    post(daemon, "/v1/os-vif/unplug", asked, 200)
+}
+
+fn guest(daemon: &Daemon, plug: &str) -> Result<Peer> {
+    let path = daemon.socket(plug);
+    let mut guest =
+        wait_for_some("the port's socket", SOON, || Ok(Peer::connect(&path, PeerConfig::default()).ok()))?;
+    guest.offer_all();
+    daemon.wait_for_forwarding(&[plug])?;
+    Ok(guest)
+}
+
+/// The network that the hybrid plugs are in.
+fn integration() -> Value {
+    json!({"bridge": "br-int", "mtu": 1500})
+}
+
+fn hybrid_vif(daemon: &Daemon, id: &str) -> Value {
+    let profile = json!({"interface_id": format!("lsp-{id}"), "hybrid_plug": true,
+                         "bridge_name": format!("qbr{id}")});
+    let profile = envelope("VIFPortProfileFPOpenVSwitch", "1.4", &profile);
+    let more = json!({"vif_name": format!("tap{id}"), "mode": "client", "path": daemon.socket(id)});
+    asked("VIFVHostUser", id, more, &integration(), Some(profile))
+}
+
+#[test]
+fn a_hybrid_guest_reaches_open_vswitch_through_its_linux_bridge() -> Result<()> {
+    let (mut daemon, ovs) = e2e::ovs::host()?;
+    let before = ovs_state(&ovs)?;
+    let [one, two] = ["one", "two"].map(|id| hybrid_vif(&daemon, id));
+    plug(&daemon, &one)?;
+    plug(&daemon, &two)?;
+    let (mut a, mut b) = (guest(&daemon, "one")?, guest(&daemon, "two")?);
+    exchange(&mut a, &mut b)?;
+
+    assert_eq!(ovs.vsctl("list-ports br-int")?, "qvoone\nqvotwo");
+    let ids = "get Interface qvoone external_ids:iface-id external_ids:iface-status external_ids:attached-mac \
+               external_ids:vm-uuid mtu";
+    assert_eq!(ovs.vsctl(ids)?, format!("lsp-one\nactive\n\"{MAC}\"\n\"{INSTANCE}\"\n1500"));
+    let plugged = ovs_state(&ovs)?;
+    for line in [
+        "\"qbrone\" null 1500 \"bridge\" \"vhostd:one\"",
+        "\"qvbone\" \"qbrone\" 1500 \"veth\" \"vhostd:one\"",
+        "\"qvoone\" null 1500 \"veth\" \"vhostd:one\"",
+        "\"tapone\" \"qbrone\" 1500 \"tun\" \"vhostd:one\"",
+    ] {
+        ensure!(plugged.contains(line), "no {line} in\n{plugged}");
+    }
+    let bridge = ovs.host().run("ip -details link show qbrone")?;
+    ensure!(bridge.contains(" ageing_time 0 ") && bridge.contains(" mcast_snooping 0 "), "{bridge}");
+
+    let generation = || ovs.vsctl("--no-wait get Open_vSwitch . next_cfg");
+    let generation_before = generation()?;
+    post(&daemon, "/v1/os-vif/plug", &one, 200)?;
+    daemon.kill_and_restart()?;
+    drop((a, b));
+    let (mut a, mut b) = (guest(&daemon, "one")?, guest(&daemon, "two")?);
+    assert_eq!((ovs_state(&ovs)?, generation()?), (plugged, generation_before), "nothing is touched");
+    exchange(&mut a, &mut b)?;
+
+    unplug(&daemon, &one)?;
+    unplug(&daemon, &two)?;
+    unplug(&daemon, &two)?;
+    assert_eq!(ovs_state(&ovs)?, before);
+    Ok(())
+}
+
+#[test]
+fn the_bridge_of_a_vmms_tap_is_made_with_its_way_into_open_vswitch() -> Result<()> {
+    let (daemon, ovs) = e2e::ovs::host()?;
+    let before = ovs_state(&ovs)?;
+    let profile = envelope("VIFPortProfileOpenVSwitch", "1.4", &json!({"interface_id": "lsp1"}));
+    let card = bridge_vif("vm1", "qbrvm1", &integration(), Some(profile));
+    let plugged = post(&daemon, "/v1/os-vif/plug?wait=forwarding", &card, 201)?;
+    assert_eq!(plugged["status"]["phase"], "forwarding");
+    let host = ovs.host();
+    assert_eq!(host.run("ls /sys/class/net/qbrvm1/brif")?, "qvbvm1\n", "libvirt adds the TAP");
+    assert_eq!(ovs.vsctl("get Interface qvovm1 external_ids:iface-id ofport")?, "lsp1\n1");
+    // The bridge goes although the VMM's TAP is in it still.
+    host.run("ip tuntap add tapvm1 mode tap; ip link set tapvm1 master qbrvm1 up")?;
+    unplug(&daemon, &card)?;
+    host.run("ip link del tapvm1")?;
+    assert_eq!(ovs_state(&ovs)?, before);
+
+    // The same served by a socket: the TAP is ours.
+    plug(&daemon, &by_socket(&daemon, "vm1", card.clone()))?;
+    plug(&daemon, &hybrid_vif(&daemon, "vm2"))?;
+    exchange(&mut guest(&daemon, "vm1")?, &mut guest(&daemon, "vm2")?)?;
+    unplug(&daemon, &card)?;
+    unplug(&daemon, &hybrid_vif(&daemon, "vm2"))?;
+    assert_eq!(ovs_state(&ovs)?, before);
+    Ok(())
+}
+
+/// A host whose eth1 has its addresses and is its way out.
+fn host_with_eth1() -> Result<Daemon> {
+    let daemon = Daemon::start()?;
+    daemon.host().run(
+        "ip link add eth1 type veth peer name out1; ip link set eth1 up; ip link set out1 up
+         ip addr add 192.0.2.5/24 brd + dev eth1; ip addr add 2001:db8::5/64 dev eth1 nodad
+         ip route add default via 192.0.2.1 dev eth1; ip -6 route add default via 2001:db8::1 dev eth1",
+    )?;
+    Ok(daemon)
+}
+
+fn provided() -> Value {
+    json!({"bridge": "brq1", "bridge_interface": "eth1", "should_provide_bridge": true})
+}
+
+#[test]
+fn plugs_share_a_bridge_whose_uplink_gets_everything_back_from_the_last() -> Result<()> {
+    let mut daemon = host_with_eth1()?;
+    let before = state(daemon.host())?;
+    let card = bridge_vif("card", "brq1", &provided(), None);
+    let [one, two] = ["one", "two"].map(|id| bridge_vif(id, "brq1", &provided(), None));
+    // Without an interface of its own it only needs the bridge.
+    let bare = bridge_vif("bare", "brq1", &json!({}), None);
+    plug(&daemon, &card)?;
+    plug(&daemon, &bare)?;
+    for (id, vif) in [("one", &one), ("two", &two)] {
+        plug(&daemon, &by_socket(&daemon, id, vif.clone()))?;
+    }
+    let plugged = state(daemon.host())?;
+    for line in [
+        "brq1    inet 192.0.2.5/24",
+        "brq1    inet6 2001:db8::5/64",
+        "default via 192.0.2.1 dev brq1",
+        "\"eth1\" \"brq1\"",
+        "default via 2001:db8::1 dev brq1",
+        "vhostd uplink eth1",
+    ] {
+        ensure!(plugged.contains(line), "no {line} in\n{plugged}");
+    }
+    exchange(&mut guest(&daemon, "one")?, &mut guest(&daemon, "two")?)?;
+    daemon.kill_and_restart()?;
+    exchange(&mut guest(&daemon, "one")?, &mut guest(&daemon, "two")?)?;
+    assert_eq!(state(daemon.host())?, plugged);
+
+    unplug(&daemon, &one)?;
+    unplug(&daemon, &two)?;
+    let kept = state(daemon.host())?;
+    ensure!(kept.contains("default via 192.0.2.1 dev brq1"), "card is plugged still:\n{kept}");
+    unplug(&daemon, &card)?;
+    let kept = state(daemon.host())?;
+    ensure!(kept.contains("\"brq1\" null") && kept.contains("default via 192.0.2.1 dev eth1"), "{kept}");
+    unplug(&daemon, &bare)?;
+    assert_eq!(state(daemon.host())?, before);
+    Ok(())
+}
+
+#[test]
+fn a_vlan_of_the_uplink_is_made_or_said_to_be_impossible() -> Result<()> {
+    let daemon = host_with_eth1()?;
+    let before = state(daemon.host())?;
+    let mut network = provided();
+    network["should_provide_vlan"] = json!(true);
+    network["vlan"] = json!(7);
+    let vif = bridge_vif("vm1", "brq1", &network, None);
+    let answer = daemon.http("POST", "/v1/os-vif/plug", &vif.to_string())?;
+    if answer.contains("201 Created") {
+        let plugged = state(daemon.host())?;
+        ensure!(plugged.contains("\"vlan7\" \"brq1\" 1500 \"vlan\" \"vhostd\""), "{plugged}");
+        ensure!(plugged.contains("default via 192.0.2.1 dev eth1"), "eth1 stays the host's: {plugged}");
+        unplug(&daemon, &vif)?;
+    } else {
+        ensure!(
+            answer.contains("424 ") && answer.contains("cannot make VLAN vlan7: this kernel lacks"),
+            "{answer}"
+        );
+    }
+    assert_eq!(state(daemon.host())?, before);
+    Ok(())
+}
+
+#[test]
+fn what_is_somebody_elses_is_refused_and_nothing_is_left() -> Result<()> {
+    let (daemon, ovs) = e2e::ovs::host()?;
+    let host = ovs.host();
+    host.run(
+        "ip link add name adm type bridge ageing_time 500; ip tuntap add tapa mode tap
+         ip link add qvob type veth peer name elsewhere; ip tuntap add qbrc mode tap
+         ip link add eth1 type veth peer name out1",
+    )?;
+    let before = ovs_state(&ovs)?;
+    let refused = |vif: &Value, status: u16, words: &str| -> Result<()> {
+        let problem = post(&daemon, "/v1/os-vif/plug", vif, status)?;
+        let detail = problem["detail"].as_str().context("a detail")?;
+        ensure!(detail.contains(words), "{detail}");
+        assert_eq!(ovs_state(&ovs)?, before, "{words}");
+        Ok(())
+    };
+    refused(&hybrid_vif(&daemon, "a"), 409, "tapa exists and was not made by vhostd")?;
+    refused(&hybrid_vif(&daemon, "b"), 409, "qvob exists and was not made by vhostd")?;
+    refused(&hybrid_vif(&daemon, "c"), 409, "qbrc exists and is a TAP, not a bridge")?;
+    let long = bridge_vif("d", "sixteen-bytes-xx", &json!({}), None);
+    refused(&long, 400, "\"sixteen-bytes-xx\" is not an interface name: 1 to 15")?;
+    let foreign = bridge_vif("e", "adm", &provided(), None);
+    refused(&foreign, 409, "eth1 cannot become the uplink of adm, which was not made by vhostd")?;
+    let mut nowhere = provided();
+    nowhere["bridge_interface"] = json!("eth9");
+    refused(&bridge_vif("f", "brq1", &nowhere, None), 424, "there is no interface eth9")?;
+    let other = bridge_vif("g", "qbrc", &json!({}), None);
+    refused(&by_socket(&daemon, "g", other), 409, "qbrc exists and is a TAP, not a bridge")?;
+
+    // An administrator's bridge is used as it is, and stays so.
+    let bare = by_socket(&daemon, "h", bridge_vif("h", "adm", &json!({}), None));
+    plug(&daemon, &bare)?;
+    unplug(&daemon, &bare)?;
+    assert_eq!(ovs_state(&ovs)?, before);
+    ensure!(host.run("ip -details link show adm")?.contains(" ageing_time 500 "), "it is untouched");
+    Ok(())
+}
+
+#[test]
+fn one_id_is_one_spec() -> Result<()> {
+    let (daemon, _ovs) = e2e::ovs::host()?;
+    let vif = hybrid_vif(&daemon, "vm1");
+    plug(&daemon, &vif)?;
+    for (at, value, field) in [
+        ("/port_profile/versioned_object.data/bridge_name", json!("qbrx"), "spec.to.hybrid"),
+        ("/network/versioned_object.data/mtu", json!(1400), "spec.mtu"),
+        ("/vif_name", json!("tapx"), "spec.to.tap"),
+    ] {
+        let mut other = vif.clone();
+        *other.pointer_mut(&format!("/vif/versioned_object.data{at}")).unwrap() = value;
+        let problem = post(&daemon, "/v1/os-vif/plug", &other, 409)?;
+        assert_eq!(problem["field"], field);
+    }
+    let card = bridge_vif("card", "brq1", &json!({}), None);
+    plug(&daemon, &card)?;
+    let problem = post(&daemon, "/v1/os-vif/plug", &by_socket(&daemon, "card", card.clone()), 409)?;
+    let detail = problem["detail"].as_str().unwrap();
+    ensure!(detail.contains("socket") && detail.contains("to.guest"), "{detail}");
+    // Nobody else's plug takes its names.
+    let mut other = hybrid_vif(&daemon, "vm1");
+    let data = &mut other["vif"]["versioned_object.data"];
+    data["id"] = json!("vm2");
+    data["vif_name"] = json!("tapvm2");
+    data["path"] = json!(daemon.socket("vm2"));
+    let problem = post(&daemon, "/v1/os-vif/plug", &other, 409)?;
+    ensure!(problem["detail"].as_str().unwrap().contains("belongs to plug vm1"), "{problem}");
+    Ok(())
+}
+
+/// The spec that a VIF becomes.
+fn spec_of(daemon: &Daemon, asked: &Value) -> Result<Value> {
+    let mut plan = post(daemon, "/v1/os-vif/plug?dry_run=true", asked, 201)?;
+    Ok(plan["spec"].take())
+}
+
+#[test]
+fn a_daemon_killed_in_the_middle_of_a_hybrid_plug_leaves_neither_gaps_nor_leftovers() -> Result<()> {
+    let (mut daemon, ovs) = e2e::ovs::host()?;
+    let spec = spec_of(&daemon, &hybrid_vif(&daemon, "vm1"))?;
+    killed_in_the_middle(&mut daemon, &spec, || ovs_state(&ovs))
+}
+
+#[test]
+fn a_daemon_killed_in_the_middle_of_a_bridge_plug_leaves_the_uplink_with_its_addresses() -> Result<()> {
+    let mut daemon = host_with_eth1()?;
+    let host = daemon.netns();
+    let vif = by_socket(&daemon, "vm1", bridge_vif("vm1", "brq1", &provided(), None));
+    let spec = spec_of(&daemon, &vif)?;
+    killed_in_the_middle(&mut daemon, &spec, || state(&host))
+}
