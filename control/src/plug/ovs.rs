@@ -9,8 +9,8 @@
 //!
 //! Whether a port forwards is not ours to say: ovs-vswitchd opens the device, OVN puts flows in place. So all of it is read
 //! from the database as it changes ([`ovsdb::View`]), and a plug forwards when nothing there is missing. What the database
-//! cannot tell, that ovs-vswitchd has died, is told by the end of a connection to its control socket, which is beside the
-//! database's.
+//! cannot tell, that ovs-vswitchd or ovn-controller has died, is told by the end of a connection to its control socket, which is
+//! beside the database's.
 
 mod watch;
 
@@ -222,6 +222,12 @@ impl OpenVSwitch {
         if seen.switch_is_down {
             messages.push(format!("ovs-vswitchd, which forwards for bridge {}, does not run", ovs.bridge));
         }
+        if let (true, Ok(view), Some(port)) = (seen.controller_is_down, &seen.view, &ovs.iface_id)
+            && view.ovn_bridge() == Some(ovs.bridge.as_str())
+        {
+            messages
+                .push(format!("ovn-controller, which keeps the flows of logical port {port}, does not run"));
+        }
         let condition = |message| Condition { phase: Phase::Forwarding, whose: Whose::Host, message };
         messages.into_iter().map(condition).collect()
     }
@@ -307,7 +313,7 @@ fn missing_in(view: &View, id: &Name, spec: &PlugSpec, ovs: &Ovs) -> Vec<String>
         && interface(ports.last()).is_some_and(|last| !last.ovn_installed)
     {
         messages
-            .push(format!("OVN has no flows for logical port {iface_id} on this host yet (ovn-installed)"));
+            .push(format!("OVN has no flows for logical port {iface_id} on this host yet: ovn-controller says ovn-installed when it has"));
     }
     messages
 }

@@ -1,7 +1,7 @@
-//! What becomes of Open vSwitch: its database followed, and whether ovs-vswitchd runs.
+//! What becomes of Open vSwitch: its database followed, and whether ovs-vswitchd and OVN's ovn-controller run.
 
 use std::io::ErrorKind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use tokio::sync::watch;
 /// First and longest pause before the database is followed again.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_LONGEST: Duration = Duration::from_secs(2);
-/// How often ovs-vswitchd is looked for while it is not there.
+/// How often a daemon is looked for while it is not there.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// What is known of it.
@@ -22,6 +22,8 @@ pub(super) struct Seen {
     pub(super) view: Result<View, String>,
     /// ovs-vswitchd has ended.
     pub(super) switch_is_down: bool,
+    /// ovn-controller has ended.
+    pub(super) controller_is_down: bool,
 }
 
 /// Open vSwitch as it was last seen.
@@ -38,7 +40,7 @@ impl Lookout {
         let unknown = "its database has not been read yet".to_owned();
         Self {
             database,
-            seen: Mutex::new(Seen { view: Err(unknown), switch_is_down: false }),
+            seen: Mutex::new(Seen { view: Err(unknown), switch_is_down: false, controller_is_down: false }),
             changes: watch::Sender::default(),
             begun: OnceLock::new(),
         }
@@ -56,7 +58,15 @@ impl Lookout {
 
     /// Follows the database, whatever becomes of it, for ever.
     pub(super) async fn follow(&self) {
-        tokio::join!(self.follow_database(), self.look_for_switch());
+        let Address::Unix(database) = &self.database else { return self.follow_database().await };
+        // Open vSwitch keeps all that runs in one directory; OVN has one beside it, or the same.
+        let beside = Path::new(database).parent().unwrap_or_else(|| Path::new("/"));
+        let dirs = [beside.to_owned(), beside.with_file_name("ovn")];
+        tokio::join!(
+            self.follow_database(),
+            self.look_for("ovs-vswitchd", &dirs[..1], |seen| &mut seen.switch_is_down),
+            self.look_for("ovn-controller", &dirs, |seen| &mut seen.controller_is_down),
+        );
     }
 
     async fn follow_database(&self) {
@@ -86,28 +96,25 @@ impl Lookout {
         }
     }
 
-    /// A switch that answers once is missed when it does not any more; of one that was never seen nothing is said.
-    async fn look_for_switch(&self) {
-        let Address::Unix(database) = &self.database else { return };
-        let Some(dir) = Path::new(database).parent() else { return };
+    /// A daemon that answers once is missed when it does not any more; of one that was never seen nothing is said.
+    async fn look_for(&self, daemon: &str, dirs: &[PathBuf], is_down: impl Fn(&mut Seen) -> &mut bool) {
+        let note = |down| {
+            if *is_down(&mut self.seen()) != down {
+                self.see(|seen| *is_down(seen) = down);
+            }
+        };
         loop {
-            match control_socket(dir).await {
+            match control_socket(daemon, dirs).await {
                 ControlSocket::Connected(mut stream) => {
-                    self.see_switch(false);
+                    note(false);
                     // It says nothing unasked: this ends when it does.
                     let _ = stream.read(&mut [0]).await;
-                    self.see_switch(true);
+                    note(true);
                 }
-                ControlSocket::Dead => self.see_switch(true),
+                ControlSocket::Dead => note(true),
                 ControlSocket::Absent => {}
             }
             tokio::time::sleep(LOOK_EVERY).await;
-        }
-    }
-
-    fn see_switch(&self, is_down: bool) {
-        if self.seen().switch_is_down != is_down {
-            self.see(|seen| seen.switch_is_down = is_down);
         }
     }
 
@@ -117,7 +124,7 @@ impl Lookout {
     }
 }
 
-/// What there is of ovs-vswitchd's control socket, `ovs-vswitchd.PID.ctl` (ovs-vswitchd(8), `--unixctl`).
+/// What there is of a daemon's control socket, `ovs-vswitchd.PID.ctl` and the like (ovs-vswitchd(8), `--unixctl`).
 enum ControlSocket {
     Connected(UnixStream),
     /// Left behind by one that was killed.
@@ -125,19 +132,21 @@ enum ControlSocket {
     Absent,
 }
 
-async fn control_socket(dir: &Path) -> ControlSocket {
-    let Ok(mut entries) = tokio::fs::read_dir(dir).await else { return ControlSocket::Absent };
+async fn control_socket(daemon: &str, dirs: &[PathBuf]) -> ControlSocket {
     let mut found = ControlSocket::Absent;
-    while let Ok(Some(entry)) = entries.next_entry().await {
-        let name = entry.file_name();
-        let is_control = |name: &str| name.starts_with("ovs-vswitchd") && name.ends_with(".ctl");
-        if !name.to_str().is_some_and(is_control) {
-            continue;
-        }
-        match UnixStream::connect(entry.path()).await {
-            Ok(stream) => return ControlSocket::Connected(stream),
-            Err(error) if error.kind() == ErrorKind::ConnectionRefused => found = ControlSocket::Dead,
-            Err(_) => {}
+    for dir in dirs {
+        let Ok(mut entries) = tokio::fs::read_dir(dir).await else { continue };
+        while let Ok(Some(entry)) = entries.next_entry().await {
+            let name = entry.file_name();
+            let is_control = |name: &str| name.starts_with(daemon) && name.ends_with(".ctl");
+            if !name.to_str().is_some_and(is_control) {
+                continue;
+            }
+            match UnixStream::connect(entry.path()).await {
+                Ok(stream) => return ControlSocket::Connected(stream),
+                Err(error) if error.kind() == ErrorKind::ConnectionRefused => found = ControlSocket::Dead,
+                Err(_) => {}
+            }
         }
     }
     found
