@@ -55,7 +55,7 @@ pub enum EventKind {
     Unlinked,
     /// A ring was stopped because of its content.
     RingBroken,
-    /// A front end announced its guest's address.
+    /// A guest's address was announced to its network, by its front end or when a logical port came to forward.
     Announced,
     /// Events were missed: what follows describes everything anew.
     Resync,

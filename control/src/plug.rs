@@ -15,6 +15,7 @@
 //! all (a name, socket, TAP or uplink that is taken) is decided in one short critical section over the table of plugs,
 //! before anything is done. An admitted request runs to its end even if whoever asked goes away.
 
+mod announce;
 mod bridge;
 mod macvtap;
 mod ovs;
@@ -381,6 +382,8 @@ impl Plugs {
         let Some(mut changes) = self.steps.changes(spec) else { return };
         let plugs = self.clone();
         tokio::spawn(async move { plugs.steps.follow().await });
+        let (plugs, changes_too) = (self.clone(), changes.clone());
+        tokio::spawn(async move { plugs.announce_arrivals(changes_too).await });
         let plugs = self.clone();
         tokio::spawn(async move {
             while changes.changed().await.is_ok() {

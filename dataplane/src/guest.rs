@@ -152,6 +152,14 @@ impl GuestDevice {
     }
 }
 
+/// Has the worker of a guest's first queue pair send RARPs for `mac`.
+pub(crate) fn announce(port: &Arc<Port>, workers: &[Arc<WorkerShared>], events: &Events, mac: [u8; 6]) {
+    let first = port.guest().and_then(|guest| guest.pairs.first());
+    let worker = first.map_or(0, |pair| pair.tx.worker.load(Ordering::Relaxed) as usize);
+    workers[worker % workers.len()].send(Command::Announce { port: port.clone(), mac });
+    events.tell(port, EventKind::Announced(mac));
+}
+
 impl Device for GuestDevice {
     fn offer(&self) -> Offer {
         let mac = u64::from(self.guest().mac.is_some()) << MAC;
@@ -188,9 +196,7 @@ impl Device for GuestDevice {
         if address.is_multicast() || address.is_zero() || self.guest().mac.is_some_and(|own| own != mac) {
             return Err(Refusal::Mac(mac));
         }
-        let Some(pair) = self.pair(0) else { return Err(Refusal::Mac(mac)) };
-        self.worker(pair).send(Command::Announce { port: self.port.clone(), mac });
-        self.events.tell(&self.port, EventKind::Announced(mac));
+        announce(&self.port, &self.workers, &self.events, mac);
         Ok(())
     }
 

@@ -15,7 +15,7 @@ use wire::Offloads;
 use crate::counters::RingCounters;
 use crate::events::Events;
 use crate::frontend::PortDriver;
-use crate::guest::GuestDevice;
+use crate::guest::{GuestDevice, announce};
 use crate::look;
 use crate::placement::{Move, Sample};
 use crate::port::{FrontEnd, Guest, Port, PortLink, QUEUE_PAIRS_MAX, Tap, TapPort};
@@ -254,6 +254,15 @@ impl Dataplane {
         let several = nodes.iter().any(|node| node.is_some() && *node != nodes[0]);
         let queues = ports.iter().flat_map(|port| look::samples(port, several)).collect();
         Sample { cycles: sys::clock::cycles(), busy, nodes, queues }
+    }
+
+    /// Announces the address of a port's guest to its network, as SEND_RARP does. False if there is no such port, or the address
+    /// is not known.
+    pub fn announce(&self, id: PortId) -> bool {
+        let Some(port) = self.state().ports.get(&id).map(|entry| entry.port.clone()) else { return false };
+        let Some(mac) = port.guest().and_then(|guest| guest.mac) else { return false };
+        announce(&port, &self.workers, &self.events, mac);
+        true
     }
 
     /// Whether checksums and segmentation may from now on be left to who takes frames from a TAP. The kernel does what is left

@@ -3,12 +3,15 @@
 #![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
 
 use std::fs;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use e2e::daemon::Daemon;
 use e2e::deadline::wait_for_some;
+use e2e::exchange::PLAIN;
 use e2e::ovn::TwoHosts;
+use e2e::peer::{Peer, PeerConfig};
 use e2e::process::Process;
 use serde_json::{Value, json};
 
@@ -18,6 +21,8 @@ const SOON: Duration = Duration::from_secs(30);
 const UNDERLAY_MTU: u16 = 1500;
 /// What Geneve leaves of it.
 const MTU: u16 = UNDERLAY_MTU - 58;
+/// Exit code of the command line: time-out.
+const TIMEOUT: i32 = 5;
 
 /// A port of a logical switch, and the guest behind it.
 struct Port {
@@ -68,6 +73,12 @@ impl Port {
         fs::write(&file, document.to_string())?;
         daemon.command(&[&["plug", "-f", file.to_str().context("a path")?], more].concat())
     }
+
+    fn plugged(&self, daemon: &Daemon) -> Result<()> {
+        let output = self.plug(daemon, &[])?;
+        ensure!(output.status.success(), "{}: {}", self.name, String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    }
 }
 
 fn envelope(class: &str, version: &str, data: &Value) -> Value {
@@ -93,6 +104,17 @@ impl Guest {
     fn run(&self, script: &str) -> Result<String> {
         self.0.host().run(script)
     }
+}
+
+/// Waits until the plug is in this phase, and its conditions contain this text.
+fn wait_for(daemon: &Daemon, plug: &str, phase: &str, text: &str) -> Result<()> {
+    let look = || daemon.json(&["show", plug]);
+    wait_for_some(&format!("{plug} to be {phase}: {text}"), SOON, || {
+        // It may not be there yet.
+        let status = look().unwrap_or_default()["status"].take();
+        Ok((status["phase"] == phase && status["conditions"].to_string().contains(text)).then_some(()))
+    })
+    .with_context(|| look().unwrap_or_default().to_string())
 }
 
 #[test]
@@ -134,4 +156,148 @@ fn guests_reach_each_other_across_hosts_and_nobody_else() -> Result<()> {
     let heard = stranger.run("cat /sys/class/net/eth0/statistics/rx_packets")?;
     ensure!(heard.trim() == "0", "{heard} frames went to another logical switch");
     Ok(())
+}
+
+#[test]
+fn without_ovn_controller_no_port_is_said_to_forward() -> Result<()> {
+    let hosts = TwoHosts::start(UNDERLAY_MTU)?;
+    ONE.make(&hosts)?;
+    TWO.make(&hosts)?;
+    let _guests = [Guest::start(&ONE, &hosts.a)?, Guest::start(&TWO, &hosts.a)?];
+
+    // Before.
+    hosts.kill_controller("a")?;
+    let output = ONE.plug(&hosts.a, &["--wait", "forwarding", "--timeout", "1s"])?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(TIMEOUT) && errors.contains("ovn-controller"), "{errors}");
+    wait_for(&hosts.a, ONE.name, "linked", "ovn-controller")?;
+
+    // During: it comes when a plug is waited for.
+    let wait = ["--wait", "forwarding"];
+    thread::scope(|scope| {
+        let plug = scope.spawn(|| TWO.plug(&hosts.a, &wait));
+        wait_for(&hosts.a, TWO.name, "linked", "ovn-controller")?;
+        hosts.up()?;
+        let output = plug.join().unwrap()?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        anyhow::Ok(())
+    })?;
+    hosts.a.wait_for_forwarding(&[ONE.name])?;
+
+    // After.
+    hosts.kill_controller("a")?;
+    for port in [&ONE, &TWO] {
+        wait_for(&hosts.a, port.name, "linked", "ovn-controller")?;
+    }
+    hosts.up()?;
+    hosts.a.wait_for_forwarding(&[ONE.name, TWO.name])
+}
+
+/// As nova and Neutron do it: the port is made ready on b, where it stays silent until the guest runs there and its address is
+/// announced; then a is told to let go of it. The neighbour keeps sending all the time.
+#[test]
+fn a_guest_that_moves_is_heard_of_when_it_is_there() -> Result<()> {
+    let hosts = TwoHosts::start(UNDERLAY_MTU)?;
+    for port in [&ONE, &TWO] {
+        port.make(&hosts)?;
+        port.plugged(&hosts.a)?;
+    }
+    let mut stream = Stream { neighbour: connect(&TWO, &hosts.a)?, sent: 0 };
+    let mut guest = connect(&ONE, &hosts.a)?;
+    hosts.a.wait_for_forwarding(&[ONE.name, TWO.name])?;
+    stream.until_heard(&mut guest)?;
+
+    hosts.on("a", "ovn-nbctl lsp-set-options one requested-chassis=a,b activation-strategy=rarp")?;
+    ONE.plugged(&hosts.b)?;
+    wait_for(&hosts.b, ONE.name, "attached", "waiting for a front end")?;
+    wait_for_some("OVN's flows on b", SOON, || {
+        let ids = hosts.on("b", "ovs-vsctl get Interface vhuone external_ids")?;
+        Ok(ids.contains("ovn-installed=").then_some(()))
+    })?;
+    ensure!(stream.send_many(&mut guest)? == FRAMES, "on a all is as it was");
+    ensure!(hosts.b.stats(ONE.name)?["rx_frames"] == 0, "a frame came to b: {}", hosts.b.stats(ONE.name)?);
+
+    drop(guest);
+    let mut guest = connect(&ONE, &hosts.b)?;
+    let (waited, lost) = stream.until_heard(&mut guest)?;
+    println!("heard on b {} ms after the guest came, {lost} frames lost", waited.as_millis());
+    let activated = "ovn-sbctl get Port_Binding one options:additional-chassis-activated";
+    ensure!(!hosts.on("a", activated)?.is_empty());
+
+    let before = stream.sent;
+    let mut heard = stream.send_many(&mut guest)?;
+    hosts.on("a", "ovn-nbctl lsp-set-options one requested-chassis=b")?;
+    heard += stream.send_many(&mut guest)?;
+    hosts.a.run(&["unplug", ONE.name])?;
+    heard += stream.send_many(&mut guest)?;
+    println!("of {} frames while a let go of the port, {heard} came", stream.sent - before);
+    ensure!(stream.send_many(&mut guest)? == FRAMES, "nothing is lost, and nothing comes twice");
+    hosts.b.wait_for_forwarding(&[ONE.name])
+}
+
+fn connect(port: &Port, host: &Daemon) -> Result<Peer> {
+    wait_for(host, port.name, "attached", "waiting for a front end")?;
+    let mut guest = Peer::connect(host.socket(port.name), PeerConfig::default())?;
+    guest.offer_all();
+    Ok(guest)
+}
+
+/// Frames of [`Stream::send_many`].
+const FRAMES: u64 = 50;
+/// Between two frames.
+const PACE: Duration = Duration::from_millis(1);
+/// For frames on their way.
+const LATE: Duration = Duration::from_millis(200);
+
+/// Numbered frames from the guest of one port to that of another.
+struct Stream {
+    neighbour: Peer,
+    sent: u64,
+}
+
+impl Stream {
+    fn send(&mut self) -> Result<()> {
+        let addresses = [ONE.mac, TWO.mac].map(|mac| mac.split(':').map(|byte| u8::from_str_radix(byte, 16)));
+        let mut frame = addresses.into_iter().flatten().collect::<Result<Vec<_>, _>>()?;
+        // An EtherType for experiments.
+        frame.extend([0x88, 0xb5]);
+        frame.extend(self.sent.to_be_bytes());
+        frame.resize(60, 0);
+        ensure!(self.neighbour.send_now(0, &PLAIN, &frame), "buffers come back");
+        self.sent += 1;
+        thread::sleep(PACE);
+        Ok(())
+    }
+
+    /// Sends until a frame comes: how long it took, and how many before it are lost.
+    fn until_heard(&mut self, guest: &mut Peer) -> Result<(Duration, u64)> {
+        let (began, first) = (Instant::now(), self.sent);
+        while began.elapsed() < SOON {
+            self.send()?;
+            if let Some(number) = hear(guest) {
+                return Ok((began.elapsed(), number - first));
+            }
+        }
+        bail!("none of {} frames has come", self.sent - first)
+    }
+
+    /// Sends some: how many of them come.
+    fn send_many(&mut self, guest: &mut Peer) -> Result<u64> {
+        let (first, mut count) = (self.sent, 0);
+        for _ in 0..FRAMES {
+            self.send()?;
+        }
+        let sent = Instant::now();
+        while count < FRAMES && sent.elapsed() < LATE {
+            count += u64::from(hear(guest).is_some_and(|number| number >= first));
+        }
+        Ok(count)
+    }
+}
+
+/// The number of a frame of the stream, if one is there.
+fn hear(guest: &mut Peer) -> Option<u64> {
+    let (_, frame) = guest.receive(0)?;
+    let (head, number) = frame.split_at_checked(14)?;
+    (head[12..] == [0x88, 0xb5]).then(|| u64::from_be_bytes(number[..8].try_into().unwrap()))
 }

@@ -236,6 +236,11 @@ impl Steps {
         self.ovs.follow().await;
     }
 
+    /// Tells a guest's address, if it is known, to its network. False if it is not.
+    pub(super) fn announce(&self, port: PortId) -> bool {
+        self.dataplane.announce(port)
+    }
+
     /// Undoes every step. What is not there is undone already.
     pub(super) async fn detach(
         &self,
