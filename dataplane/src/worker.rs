@@ -28,6 +28,8 @@
 //! and looks for kicks between turns. A guest that gave no kick fd stays active for ever.
 
 mod mailbox;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -281,6 +283,9 @@ impl Worker {
         self.now = now();
         if self.shared.mailbox.has_mail() {
             self.read_mail();
+        }
+        if self.stopped {
+            return;
         }
         if self.active.is_empty() {
             self.sleep();
