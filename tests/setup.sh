@@ -1,15 +1,16 @@
 #!/bin/bash
-# Gets a Debian 12 machine ready: setup.sh [build] [guest] [dpdk] [ovs] [ovn] [fuzz] [python] [nova] [lint]
+# Gets a Debian 12 machine ready: setup.sh [build] [guest] [netdevsim] [dpdk] [ovs] [ovn] [fuzz] [python] [nova] [lint]
 #
-#   build   a linker, and a look at the Rust tool chain, which is not ours to install
-#   guest   QEMU, and the test guest in target/guest (guest/build.sh)
-#   dpdk    dpdk-testpmd
-#   ovs     Open vSwitch, with DPDK and without; its services are not started
-#   ovn     OVN, for two hosts with Open vSwitch; its services are not started
-#   fuzz    cargo-fuzz; a nightly tool chain is not ours to install
-#   python  os-vif, and what builds a Python package
-#   nova    virtual environments
-#   lint    rustfmt and clippy are there
+#   build      a linker, and a look at the Rust tool chain, which is not ours to install
+#   guest      QEMU, and the test guest in target/guest (guest/build.sh)
+#   netdevsim  for that guest: devices with representors, and without hardware; what needs them is skipped if there are none
+#   dpdk       dpdk-testpmd
+#   ovs        Open vSwitch, with DPDK and without; its services are not started
+#   ovn        OVN, for two hosts with Open vSwitch; its services are not started
+#   fuzz       cargo-fuzz; a nightly tool chain is not ours to install
+#   python     os-vif, and what builds a Python package
+#   nova       virtual environments
+#   lint       rustfmt and clippy are there
 #
 # Without arguments: all of them. What is there is not touched; when all is there this takes no time and needs no root.
 set -euo pipefail
@@ -30,6 +31,7 @@ needs() {
         echo qemu-system-x86_64:qemu-system-x86 busybox:busybox-static cpio:cpio xz:xz-utils depmod:kmod \
             ip:iproute2 dash:dash ethtool:ethtool iperf3:iperf3 flock:util-linux
         ;;
+    netdevsim) echo gcc-12:gcc-12 make:make xz:xz-utils strip:binutils ;;
     dpdk) echo dpdk-testpmd:dpdk-dev ;;
     ovs)
         echo ovsdb-server:openvswitch-common ovs-vsctl:openvswitch-switch \
@@ -44,7 +46,7 @@ needs() {
         ;;
     nova) echo /usr/lib/python3.11/ensurepip:python3-venv ;;
     lint) ;;
-    *) fail "unknown part: $1 (parts: build guest dpdk ovs ovn fuzz python nova lint)" ;;
+    *) fail "unknown part: $1 (parts: build guest netdevsim dpdk ovs ovn fuzz python nova lint)" ;;
     esac
 }
 
@@ -99,7 +101,7 @@ check_fuzz() {
     cargo fuzz --version >/dev/null 2>&1 || cargo install --quiet --locked cargo-fuzz
 }
 
-[ $# -gt 0 ] || set -- build guest dpdk ovs ovn fuzz python nova lint
+[ $# -gt 0 ] || set -- build guest netdevsim dpdk ovs ovn fuzz python nova lint
 needs=()
 for part; do
     words=$(needs "$part")
@@ -111,6 +113,10 @@ for part; do
     case $part in
     build) check_rust ;;
     guest) "$root/tests/guest/build.sh" "$root/target/guest" ;;
+    netdevsim)
+        "$root/tests/guest/netdevsim.sh" "$root/target/guest" ||
+            echo "setup.sh: no netdevsim: what needs representors is skipped" >&2
+        ;;
     fuzz) check_fuzz ;;
     lint) check_lint ;;
     esac

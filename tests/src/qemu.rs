@@ -31,7 +31,7 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 const RUN_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Where `tests/setup.sh guest` puts kernel and initramfs.
-const IMAGE_DIR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/guest");
+pub const IMAGE_DIR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/guest");
 
 /// Set in the environment of a program that `guest` (src/bin/guest.rs) runs in a guest.
 pub const MARK: &str = "E2E_GUEST";

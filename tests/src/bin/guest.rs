@@ -1,10 +1,10 @@
 //! Runs a program of this machine under another kernel: `guest PROGRAM [ARGUMENT...]`
 //!
 //! For what a test needs of the kernel and this machine's may not have: Open vSwitch's datapath, 802.1Q VLAN devices,
-//! bonds, bridges that filter VLANs. The kernel is the test guest's, Debian's with the modules named in tests/guest/build.sh,
-//! which load on demand. The program finds this machine's files at their places; what it writes is in the guest's memory
+//! bonds, bridges that filter VLANs; and devices with representors, of netdevsim, if tests/setup.sh could build it. The kernel is
+//! the test guest's, Debian's with the modules named in tests/guest/build.sh, which load on demand. The program finds this machine's files at their places; what it writes is in the guest's memory
 //! and gone with it. It is root, in the directory and with the arguments and settings that it was given, and with
-//! [`MARK`] in its environment: under it nothing may be skipped for what the kernel lacks.
+//! [`MARK`] in its environment: under it nothing but netdevsim may be missing.
 //!
 //! Made to be cargo's runner, so that any test binary runs in a guest, here the one `host` of crate `hostnet`:
 //!
@@ -23,7 +23,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use e2e::qemu::{Guest, GuestConfig, MARK};
+use e2e::qemu::{Guest, GuestConfig, IMAGE_DIR, MARK};
 
 /// Of the guest, MiB. Only what it touches is taken.
 const MEMORY: u32 = 2048;
@@ -37,6 +37,7 @@ const SETTINGS: [&str; 5] = ["CARGO", "RUST", "VHOSTD", "INSTA", "PATH"];
 /// is the root of namespaces made later, too, which one that was only changed to is not. Device nodes are the guest's.
 const WITH_FILES_OF_HOST: &str = r#"set -e
 modprobe -a overlay tun openvswitch
+if [ -e "/host$IMAGE/netdevsim.ko" ]; then modprobe psample; insmod "/host$IMAGE/netdevsim.ko"; fi
 mount -t tmpfs memory /tmp
 mkdir /tmp/upper /tmp/work /tmp/root
 mount -t overlay -o lowerdir=/host,upperdir=/tmp/upper,workdir=/tmp/work overlay /tmp/root
@@ -80,7 +81,7 @@ fn script(program: &[String]) -> Result<String> {
     let mark = format!("{MARK}=1");
     let words = enter.into_iter().chain(settings).chain([mark]).chain(program.iter().cloned());
     let words: Vec<_> = words.map(|word| quoted(&word)).collect();
-    Ok(format!("{WITH_FILES_OF_HOST}{}", words.join(" ")))
+    Ok(format!("IMAGE={}\n{WITH_FILES_OF_HOST}{}", quoted(IMAGE_DIR), words.join(" ")))
 }
 
 /// One word of a shell's command line.
