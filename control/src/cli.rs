@@ -182,7 +182,7 @@ pub struct PlugArgs {
     /// Network to join [default: default]
     #[arg(long, value_name = "NET", conflicts_with = "file")]
     pub network: Option<Name>,
-    /// The host's side: tap:DEV, bridge:BR, ovs:BR or macvtap:DEV
+    /// The host's side: tap:DEV, bridge:BR, ovs:BR or macvtap:DEV[:bridge|vepa|passthrough]
     #[arg(long, value_name = "KIND:NAME", conflicts_with = "file")]
     pub to: Option<ToArg>,
     /// With ovs:BR, the logical port in OVN or Neutron that it is
@@ -296,7 +296,7 @@ fn within(range: &RangeInclusive<u16>) -> RangedI64ValueParser<u16> {
     clap::value_parser!(u16).range(i64::from(*range.start())..=i64::from(*range.end()))
 }
 
-/// `tap:DEV`, `bridge:BR`, `ovs:BR`, `macvtap:DEV`.
+/// `tap:DEV`, `bridge:BR`, `ovs:BR`, `macvtap:DEV[:MODE]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ToArg(To);
 
@@ -309,8 +309,13 @@ impl FromStr for ToArg {
             Some(("tap", tap)) => Ok(Self(To::Tap(Tap::new(name(tap)?)))),
             Some(("bridge", bridge)) => Ok(Self(To::Bridge(Bridge::new(name(bridge)?)))),
             Some(("ovs", bridge)) => Ok(Self(To::Ovs(Ovs::new(name(bridge)?)))),
-            Some(("macvtap", device)) => Ok(Self(To::Macvtap(Macvtap::new(name(device)?)))),
-            _ => Err("it must be tap:DEV, bridge:BR, ovs:BR or macvtap:DEV".into()),
+            Some(("macvtap", rest)) => {
+                let (device, mode) =
+                    rest.split_once(':').map_or((rest, None), |(dev, mode)| (dev, Some(mode)));
+                let mode = mode.map(str::parse).transpose()?.unwrap_or_default();
+                Ok(Self(To::Macvtap(Macvtap { mode, ..Macvtap::new(name(device)?) })))
+            }
+            _ => Err("it must be tap:DEV, bridge:BR, ovs:BR or macvtap:DEV[:MODE]".into()),
         }
     }
 }
@@ -403,7 +408,12 @@ mod tests {
         let to = |text: &str| text.parse::<ToArg>();
         assert!(matches!(to("tap:tap0").unwrap().0, To::Tap(_)));
         assert!(matches!(to("bridge:br0").unwrap().0, To::Bridge(Bridge { tap: None, .. })));
-        assert!(matches!(to("macvtap:eth0").unwrap().0, To::Macvtap(_)));
+        let mode = |text: &str| match to(text).unwrap().0 {
+            To::Macvtap(macvtap) => macvtap.mode.name(),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!((mode("macvtap:eth0"), mode("macvtap:eth0:passthrough")), ("bridge", "passthrough"));
+        assert!(to("macvtap:eth0:private").unwrap_err().contains("passthrough"));
         for bad in ["", "tap", "tap:", "bridge:a/b", "vlan:eth0", "tap:0123456789abcdef"] {
             assert!(to(bad).is_err(), "{bad}");
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer};
 
 use crate::cli::{self, CpuList, PollMode, ServeArgs};
-use crate::names::{IFNAME_BYTES_MAX, PATH_BYTES_MAX};
+use crate::names::{DriverName, IFNAME_BYTES_MAX, PATH_BYTES_MAX};
 use crate::spec::DatapathType;
 
 /// Read if no other is named.
@@ -48,6 +48,8 @@ pub struct Config {
     pub sockets: SocketsConfig,
     /// Open vSwitch.
     pub ovs: OvsConfig,
+    /// Devices that guests get.
+    pub devices: DevicesConfig,
     /// What is logged, and how.
     pub log: LogConfig,
 }
@@ -130,6 +132,20 @@ const QOS_TYPES: [&str; 6] =
 /// Bytes that a directory leaves of a socket's path for a port's name.
 const SOCKET_DIR_BYTES_MAX: usize = PATH_BYTES_MAX - 1 - IFNAME_BYTES_MAX;
 
+/// `[devices]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DevicesConfig {
+    /// Where sysfs is mounted.
+    pub sysfs: PathBuf,
+    /// Driver that has a guest's device while it is plugged; left out: the one that has it.
+    pub driver: Option<DriverName>,
+    /// The same for a nested container's.
+    pub nested_driver: DriverName,
+    /// Pid file of the lldpad that speaks 802.1Qbg with the switch.
+    pub lldpad: PathBuf,
+}
+
 /// `[log]`
 #[derive(Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -191,6 +207,17 @@ impl Default for OvsConfig {
             per_port_bridge: false,
             // The one that leaves the device alone: without a row Open vSwitch takes its queueing discipline away.
             qos_type: Some("linux-noop".into()),
+        }
+    }
+}
+
+impl Default for DevicesConfig {
+    fn default() -> Self {
+        Self {
+            sysfs: "/sys".into(),
+            driver: None,
+            nested_driver: "uio_pci_generic".parse().expect("it is a driver's name"),
+            lldpad: "/run/lldpad.pid".into(),
         }
     }
 }

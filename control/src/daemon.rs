@@ -114,9 +114,9 @@ async fn run(config: Config, log: LogControl) -> Result<(), ServeError> {
     let events = Arc::new(Events::default());
     let dataplane = Arc::new(Dataplane::start(dataplane_config(&config.dataplane, &events))?);
     let rules = socket_rules(&config.sockets)?;
-    let (host, ovs) = (HostNet::open()?, config.ovs.clone());
+    let (host, configs) = (HostNet::open()?, (config.ovs.clone(), config.devices.clone()));
     let daemon = Arc::new(Daemon {
-        plugs: Arc::new(Plugs::new(dataplane.clone(), host, ovs, rules, store, events.clone())),
+        plugs: Arc::new(Plugs::new(dataplane.clone(), host, configs, rules, store, events.clone())),
         info: info(&config, &events),
         health: Health::new(dataplane.clone()),
         dataplane,

@@ -41,6 +41,15 @@ pub enum NameError {
     /// Neither an address nor a network.
     #[error("{0:?} is neither an IP address nor a network such as 192.0.2.0/24")]
     IpPrefix(String),
+    /// Not a PCI device's address.
+    #[error("{0:?} is not a PCI address such as 0000:03:00.1")]
+    Pci(String),
+    /// Not a kernel driver's name.
+    #[error("{0:?} is not a driver's name: 1 to 63 of A-Z a-z 0-9 _ -")]
+    Driver(String),
+    /// Not a UUID.
+    #[error("{0:?} is not a UUID such as dc065497-3c8d-4f44-8fb4-e1d33c16a536")]
+    Uuid(String),
     /// Not a usable socket path.
     #[error("{path:?} is not a socket path: {why}")]
     Path {
@@ -103,6 +112,9 @@ macro_rules! checked_text {
         }
     };
 }
+
+mod device;
+pub use self::device::{DriverName, PciAddress, Uuid};
 
 checked_text! {
     /// Name of a plug or of a network.

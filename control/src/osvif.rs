@@ -7,6 +7,8 @@
 //!               FPOpenVSwitch    joined with the TAP vif_name in the network's bridge of Open vSwitch; if hybrid, in the
 //!                                profile's Linux bridge, from which a veth pair leads on into that of Open vSwitch
 //!               OpenVSwitch      the same
+//!               OVSRepresentor   joined with a virtual function, whose representor is in the network's bridge of Open vSwitch; so
+//!                                with any of Open vSwitch's profiles that has a DatapathOffloadRepresentor
 //! VIFOpenVSwitch, OpenVSwitch    the TAP vif_name in the network's bridge of Open vSwitch is the guest's card; the profile
 //!                                says whether TAP and port are ours to make (create_tap, create_port)
 //! VIFBridge, OpenVSwitch         hybrid, too: Linux bridge and veth pair; the guest's card is a TAP that its VMM puts there
@@ -14,6 +16,10 @@
 //!                                that; the guest's card is a TAP that its VMM puts there
 //! VIFGeneric                       the TAP vif_name is the guest's card
 //! VIFDirect, no profile            a macvtap on vlan_name, or on the interface of PCI device dev_address, is the guest's card
+//!            8021Qbg, 8021Qbh    the same, and the switch outside is told of it
+//! VIFHostDevice, no profile        PCI device dev_address is the guest's card
+//!            OVSRepresentor      the same, its representor is in the network's bridge of Open vSwitch
+//! VIFNestedDPDK, none, K8sDPDK     the PCI device of that MAC address is a container's in this guest, which drives it by DPDK
 //! ```
 //!
 //! Where a TAP or macvtap is the guest's card, whoever asks may name a vhost-user socket beside the VIF: then that is joined
@@ -24,6 +30,7 @@
 //! `active` and `preserve_on_delete` say nothing about forwarding frames and are not looked at.
 
 mod bridge;
+mod device;
 mod direct;
 mod open_vswitch;
 #[cfg(test)]
@@ -40,8 +47,11 @@ use crate::problem::{Kind, Problem};
 use crate::spec::{AntiSpoof, Macvtap, PlugSpec, Socket, Tap, To};
 
 const SUPPORTED: &str = "supported are VIFVHostUser without port profile and with VIFPortProfileFPTap, \
-                         VIFPortProfileFPBridge, VIFPortProfileFPOpenVSwitch or VIFPortProfileOpenVSwitch, \
-                         VIFOpenVSwitch, VIFBridge, VIFGeneric, and VIFDirect without port profile";
+                         VIFPortProfileFPBridge, VIFPortProfileFPOpenVSwitch, VIFPortProfileOpenVSwitch or \
+                         VIFPortProfileOVSRepresentor, VIFOpenVSwitch, VIFBridge, VIFGeneric, VIFDirect without port \
+                         profile and with VIFPortProfile8021Qbg or VIFPortProfile8021Qbh, VIFHostDevice without port \
+                         profile and with VIFPortProfileOVSRepresentor, and VIFNestedDPDK without port profile and \
+                         with VIFPortProfileK8sDPDK";
 
 /// The plug that serves a VIF, through `socket` if one is given: instead of the guest's VMM we open its TAP then.
 pub fn plug_of(asked: &vif::Plug, socket: Option<Socket>) -> Result<(Name, PlugSpec), Problem> {
@@ -64,8 +74,10 @@ pub fn plug_of(asked: &vif::Plug, socket: Option<Socket>) -> Result<(Name, PlugS
             spec.to = Some(To::Tap(Tap { guest, ..Tap::new(tap) }));
         }
         VifKind::Direct(card) => {
-            spec.to = Some(To::Macvtap(Macvtap { guest, ..direct::macvtap(vif, card)? }));
+            spec.to = Some(To::Macvtap(Macvtap { guest, ..direct::macvtap(asked, card)? }));
         }
+        VifKind::HostDevice(card) => spec.to = Some(To::Device(device::host_device(asked, card, guest)?)),
+        VifKind::NestedDpdk(card) => spec.to = Some(To::Device(device::nested(asked, card)?)),
         _ => return Err(unsupported(&format!("a VIF of class {}", vif.class))),
     }
     if spec.socket.is_some() && spec.mac.is_some() && vif.has_traffic_filtering.value() == Some(&false) {

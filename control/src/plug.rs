@@ -17,6 +17,7 @@
 
 mod announce;
 mod bridge;
+mod device;
 mod macvtap;
 mod ovs;
 mod plan;
@@ -36,7 +37,7 @@ use tokio::time::Instant;
 use self::steps::Steps;
 pub use self::steps::{SocketRules, StepError};
 use self::table::{Admission, Fault, Table};
-use crate::config::OvsConfig;
+use crate::config::{DevicesConfig, OvsConfig};
 use crate::events::{EventKind, Events};
 use crate::names::Name;
 use crate::spec::{PlugSpec, SpecError};
@@ -165,12 +166,12 @@ impl Plugs {
     pub fn new(
         dataplane: Arc<Dataplane>,
         host: HostNet,
-        ovs: OvsConfig,
+        configs: (OvsConfig, DevicesConfig),
         rules: SocketRules,
         (store, records): (Store, Vec<(Name, Record)>),
         events: Arc<Events>,
     ) -> Self {
-        Self { table: Table::new(records), steps: Steps::new(dataplane, host, ovs, rules), store, events }
+        Self { table: Table::new(records), steps: Steps::new(dataplane, host, configs, rules), store, events }
     }
 
     /// Makes a plug, or finds it made.

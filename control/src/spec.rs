@@ -6,7 +6,7 @@
 //! socket        a port of the network, for a guest, or attached to another switch as if we were one
 //! to            the network's uplink: a TAP, alone, in a Linux bridge or in Open vSwitch, or a macvtap
 //! socket + to   the two joined: a network of their own
-//! to, as guest  a TAP or macvtap that a guest's VMM opens: in no network of ours
+//! to, as guest  a TAP or macvtap that a guest's VMM opens, or a device that it gets: in no network of ours
 //! ```
 //!
 //! [`PlugSpec::completed`] fills in what was left out, so that two ways of asking for the same thing compare equal and
@@ -14,6 +14,7 @@
 
 mod anti_spoof;
 mod bridge;
+mod device;
 mod macvtap;
 mod ovs;
 mod tap;
@@ -25,7 +26,8 @@ use utoipa::ToSchema;
 use self::anti_spoof::ADDRESSES_MAX;
 pub use self::anti_spoof::AntiSpoof;
 pub use self::bridge::{Bridge, Uplink};
-pub use self::macvtap::{Macvtap, MacvtapMode};
+pub use self::device::{Device, DeviceType, Found, FoundFunction, FoundRepresentor};
+pub use self::macvtap::{Macvtap, MacvtapMode, PortProfile};
 pub use self::ovs::{Attach, DatapathType, KernelGuest, Ovs, SwitchPort};
 pub use self::tap::Tap;
 use crate::names::{IfName, Mac, Name, SocketPath};
@@ -124,6 +126,8 @@ pub enum To {
     Ovs(Ovs),
     /// A macvtap on one of the host's interfaces.
     Macvtap(Macvtap),
+    /// A PCI device of the host.
+    Device(Device),
 }
 
 /// Why a spec cannot be.
@@ -167,6 +171,35 @@ pub enum SpecError {
         "the TAP is the guest's card (spec.to.guest), nothing else joins it with the switch: leave out attach"
     )]
     CardAttached,
+    /// Its guests' frames would not come.
+    #[error(
+        "a macvtap on {0} gets frames for its own address only, and a network has many: have it take {0} for \
+         itself (macvtap:{0}:passthrough), put {0} into a bridge (--to bridge:BR), or join it with one guest (a socket, or guest)"
+    )]
+    MacvtapUplink(IfName),
+    /// A number that no switch knows.
+    #[error("VSI type {0} has more than 24 bits")]
+    VsiType(u32),
+    /// Neither where it is nor whose address it has.
+    #[error("which device? give its address, or the guest's (mac), by which it is found")]
+    WhichDevice,
+    /// It has to get one.
+    #[error("an ethernet device gets the guest's address: give mac, or ask for a generic one")]
+    EthernetWithoutMac,
+    /// Frames to the guest come through a macvtap on it.
+    #[error(
+        "a device behind a guest's socket is driven by its network driver, and gets the guest's address from its macvtap: \
+         leave out driver, and ask for a generic one"
+    )]
+    DeviceBehindSocket,
+    /// There is nothing to choose.
+    #[error(
+        "a device's port in Open vSwitch is its representor: leave out attach, socket, guest and hybrid there"
+    )]
+    RepresentorIsPort,
+    /// Only an ethernet device gets one.
+    #[error("a VLAN is for an ethernet device: ask for one, or leave the VLAN out")]
+    VlanWithoutEthernet,
     /// Nobody is to connect to it.
     #[error("a socket of the switch is for attach vhost_user: leave out spec.to.socket, or ask for that")]
     StraySocket,
@@ -191,6 +224,13 @@ impl SpecError {
             Self::CardAttached => Some("spec.to.attach"),
             Self::HybridSocket => Some("spec.to.attach"),
             Self::StraySocket => Some("spec.to.socket"),
+            Self::MacvtapUplink(_) => Some("spec.to.mode"),
+            Self::VsiType(_) => Some("spec.to.profile.type_id"),
+            Self::WhichDevice => Some("spec.to.address"),
+            Self::EthernetWithoutMac => Some("spec.mac"),
+            Self::DeviceBehindSocket => Some("spec.to"),
+            Self::RepresentorIsPort => Some("spec.to.port"),
+            Self::VlanWithoutEthernet => Some("spec.to.vlan"),
         }
     }
 }
@@ -222,15 +262,23 @@ impl PlugSpec {
         if let Some(To::Bridge(Bridge { uplink: Some(Uplink { vlan: Some(vlan), .. }), .. })) = &self.to {
             bounded("spec.to.uplink.vlan", *vlan, VLAN_RANGE)?;
         }
+        let (is_uplink, behind_socket) = (self.is_uplink(), self.socket.is_some());
         let tap = match &mut self.to {
             // The VMM's TAP has the name that the VMM gives it.
             None | Some(To::Tap(_) | To::Bridge(Bridge { guest: true, .. })) => return Ok(self),
+            Some(To::Device(device)) => {
+                device.check(self.mac, behind_socket)?;
+                return Ok(self);
+            }
             Some(To::Bridge(bridge)) => &mut bridge.tap,
             Some(To::Ovs(ovs)) => {
                 ovs.complete(id)?;
                 return Ok(self);
             }
-            Some(To::Macvtap(macvtap)) => &mut macvtap.tap,
+            Some(To::Macvtap(macvtap)) => {
+                macvtap.check(is_uplink)?;
+                &mut macvtap.tap
+            }
         };
         tap.get_or_insert_with(|| tap_name(id));
         Ok(self)
@@ -255,9 +303,11 @@ impl PlugSpec {
 
     /// The same, but what was left to the daemon as it is in a plug that is there: what was decided once stays.
     pub fn keeping(mut self, before: &Self) -> Self {
-        if let (Some(To::Ovs(now)), Some(then)) = (&self.to, before.ovs()) {
-            self.to = Some(To::Ovs(now.clone().keeping(then)));
-        }
+        self.to = match (self.to, &before.to) {
+            (Some(To::Ovs(now)), Some(To::Ovs(then))) => Some(To::Ovs(now.keeping(then))),
+            (Some(To::Device(now)), Some(To::Device(then))) => Some(To::Device(now.keeping(then))),
+            (to, _) => to,
+        };
         self
     }
 
@@ -283,6 +333,15 @@ impl PlugSpec {
     pub fn ovs(&self) -> Option<&Ovs> {
         match &self.to {
             Some(To::Ovs(ovs)) => Some(ovs),
+            Some(To::Device(device)) => device.port.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// The device that is the guest's.
+    pub fn device(&self) -> Option<&Device> {
+        match &self.to {
+            Some(To::Device(device)) => Some(device),
             _ => None,
         }
     }
@@ -296,6 +355,9 @@ impl PlugSpec {
             }
             Some(To::Tap(Tap { guest: true, .. }) | To::Macvtap(Macvtap { guest: true, .. })) => {
                 Some(KernelGuest { make_tap: true, make_port: false })
+            }
+            Some(To::Device(_)) if self.socket.is_none() => {
+                Some(KernelGuest { make_tap: false, make_port: false })
             }
             _ => None,
         }
@@ -347,6 +409,7 @@ impl To {
             Self::Bridge(bridge) => bridge.tap(id),
             Self::Ovs(ovs) => ovs.tap(id),
             Self::Macvtap(macvtap) => macvtap.tap(id),
+            Self::Device(_) => Device::tap(id),
         }
     }
 }
@@ -536,7 +599,10 @@ mod tests {
         let joined = spec(json!({"socket": listen(), "to": to})).completed(&name("vm1")).unwrap();
         let whole = json!({"kind": "macvtap", "device": "eth1", "mode": "bridge", "tap": "vhd-vm1"});
         assert_eq!(serde_json::to_value(&joined).unwrap()["to"], whole);
-        assert!(spec(json!({"to": to})).completed(&name("up")).unwrap().is_uplink());
+        let uplink = |to: &Value| spec(json!({"to": to})).completed(&name("up"));
+        assert!(matches!(uplink(&to), Err(SpecError::MacvtapUplink(_))));
+        let alone = json!({"kind": "macvtap", "device": "eth1", "mode": "passthrough"});
+        assert!(uplink(&alone).unwrap().is_uplink());
         for to in [
             json!({"kind": "macvtap", "device": "eth1", "mode": "vepa", "guest": true}),
             json!({"kind": "tap", "tap": "tap1", "guest": true}),

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::api::{FdbRow, PortDrops, PortKind, PortStats, QueueMove, Worker};
 use crate::cli::Format;
-use crate::spec::{PlugSpec, To};
+use crate::spec::{Device, PlugSpec, To};
 use crate::status::Plug;
 
 /// Something that makes a row.
@@ -94,6 +94,9 @@ fn details(plug: &Plug) -> String {
     add("network", spec.network.as_ref().map(ToString::to_string));
     add("socket", (spec.socket.is_some()).then(|| socket(spec)));
     add("to", (spec.to.is_some()).then(|| to(plug)));
+    for (title, value) in spec.device().map(device).into_iter().flatten() {
+        add(title, value);
+    }
     add("mac", spec.mac.map(|mac| mac.to_string()));
     add("mtu", spec.mtu.map(|mtu| mtu.to_string()));
     add("queues", spec.queues.map(|queues| queues.to_string()));
@@ -101,6 +104,18 @@ fn details(plug: &Plug) -> String {
         add("reason", Some(condition.message.clone()));
     }
     rows.iter().map(|(title, value)| format!("{title:<12} {value}\n")).collect()
+}
+
+/// What whoever starts the guest has to know of its device.
+fn device(device: &Device) -> [(&'static str, Option<String>); 4] {
+    let found = device.found.clone().unwrap_or_default();
+    let port = device.port.as_ref().map(|port| format!("{} in {}", text(&port.tap), port.bridge));
+    [
+        ("driver", device.driver.as_ref().map(ToString::to_string)),
+        ("was bound to", found.driver),
+        ("group", found.iommu_group.map(|group| format!("/dev/vfio/{group}"))),
+        ("representor", port),
+    ]
 }
 
 fn waiting_for(plug: &Plug) -> String {
@@ -117,6 +132,7 @@ fn to(plug: &Plug) -> String {
         To::Bridge(bridge) => format!("bridge:{} ({})", bridge.bridge, to.tap(&plug.id)),
         To::Ovs(ovs) => format!("ovs:{} ({})", ovs.bridge, to.tap(&plug.id)),
         To::Macvtap(macvtap) => format!("macvtap:{} ({})", macvtap.device, to.tap(&plug.id)),
+        To::Device(device) => format!("device:{}", text(&device.address)),
     })
 }
 

@@ -218,7 +218,7 @@ fn os_vif_is_spoken() {
     assert_eq!(made.json()["spec"]["network"], "b82c1929-051e-481d-8110-4669916c7915");
     assert_eq!(place.http("POST", "/v1/os-vif/plug", &body).status, 200);
 
-    let generic = json!({"vif": object("VIFNestedDPDK", json!({"id": "g"}))}).to_string();
+    let generic = json!({"vif": object("VIFBase", json!({"id": "g"}))}).to_string();
     let problem = assert_problem(&place.http("POST", "/v1/os-vif/plug", &generic), 501, "unsupported");
     assert!(problem["hint"].as_str().unwrap().contains("VIFVHostUser"), "{problem}");
     for bad in [

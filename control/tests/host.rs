@@ -200,7 +200,9 @@ fn a_macvtap_is_joined_with_a_guest_or_is_its_card() {
     let taken = place.http("PUT", "/v1/plugs/vm3", &taken.to_string());
     assert_eq!(taken.status, 409, "{}", taken.json());
     assert!(taken.json()["detail"].as_str().unwrap().contains("passthrough"));
-    let missing = place.vhostd(&["plug", "vm4", "--to", "macvtap:eth9"]);
+    let uplink = place.vhostd(&["plug", "vm4", "--to", "macvtap:eth1"]);
+    assert!(uplink.code == 2 && uplink.err.contains("macvtap:eth1:passthrough"), "{uplink:?}");
+    let missing = place.vhostd(&["plug", "vm4", "--to", "macvtap:eth9:passthrough"]);
     assert!(missing.code == 7 && missing.err.contains("there is no interface eth9"), "{missing:?}");
     for id in ["vm1", "vm2", "vm3", "vm4"] {
         place.vhostd(&["unplug", id]).ok();

@@ -20,5 +20,7 @@ pub mod peer;
 pub mod process;
 pub mod qemu;
 pub mod stage;
+#[path = "../../crates/hostnet/src/pci/tests/sysfs.rs"]
+pub mod sysfs;
 pub mod testpmd;
 pub mod traffic;

@@ -252,20 +252,103 @@ fn cards_of_the_kernels_own_are_made_for_the_vmm() {
 }
 
 #[test]
+fn a_switch_outside_is_told_of_a_guest_by_its_port_profile() {
+    let direct = |profile: Value| {
+        let mut data = json!({"id": ID, "vif_name": "mvt1", "mode": "vepa", "vlan_name": "vlan7"});
+        data["port_profile"] = profile;
+        let instance = envelope("InstanceInfo", "1.0", json!({"uuid": NETWORK}));
+        plug(&json!({"vif": envelope("VIFDirect", "1.0", data), "instance_info": instance}))
+    };
+    let qbg = |more: Value| {
+        let mut data = json!({"manager_id": 11, "type_id": 12345, "type_id_version": 1, "instance_id": ID});
+        data.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        direct(envelope("VIFPortProfile8021Qbg", "1.1", data))
+    };
+    let profile = json!({"protocol": "802.1Qbg", "manager_id": 11, "type_id": 12345, "type_id_version": 1,
+                         "instance_id": ID});
+    assert_eq!(qbg(json!({})).unwrap()["to"]["profile"], profile);
+    for (field, value) in [("manager_id", json!(256)), ("type_id", json!(-1)), ("instance_id", json!("x"))] {
+        let problem = qbg(json!({field: value})).unwrap_err();
+        assert_eq!(problem.field, Some(format!("vif.port_profile.{field}")));
+    }
+    let qbh = direct(envelope("VIFPortProfile8021Qbh", "1.1", json!({"profile_id": "web"}))).unwrap();
+    let profile = json!({"protocol": "802.1Qbh", "profile_id": "web", "instance_id": NETWORK});
+    assert_eq!(qbh["to"]["profile"], profile);
+}
+
+#[test]
+fn a_device_is_the_guests_card_and_its_representor_a_port_of_open_vswitch() {
+    let device = |more: Value| {
+        let mut data = json!({"id": ID, "dev_type": "ethernet", "dev_address": "0000:03:00.1"});
+        data["address"] = "22:52:25:62:e2:aa".into();
+        data.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        plug(&envelope("VIFHostDevice", "1.0", data))
+    };
+    let network = envelope("Network", "1.1", json!({"id": NETWORK, "vlan": 7, "bridge": "br-int"}));
+    let spec = device(json!({"network": network})).unwrap();
+    let to = json!({"kind": "device", "address": "0000:03:00.1", "dev_type": "ethernet", "vlan": 7});
+    assert_eq!((&spec["to"], &spec["mac"]), (&to, &json!("22:52:25:62:e2:aa")));
+    let generic = device(json!({"dev_type": "generic"})).unwrap();
+    assert_eq!(generic["to"], json!({"kind": "device", "address": "0000:03:00.1", "dev_type": "generic"}));
+
+    let named = |address: &str| json!({"representor_name": "tap1", "representor_address": address});
+    let offload = envelope("DatapathOffloadRepresentor", "1.0", named("0000:03:00.1"));
+    let mut newer = named("0000:03:00.1");
+    newer.as_object_mut().unwrap().extend([("datapath_offload".into(), offload.clone())]);
+    let profiles = [
+        ("VIFPortProfileOVSRepresentor", "1.0", named("0000:03:00.1")),
+        ("VIFPortProfileOVSRepresentor", "1.4", newer),
+        ("VIFPortProfileOpenVSwitch", "1.4", json!({"datapath_offload": offload})),
+    ];
+    let port = json!({"bridge": "br-int", "tap": "tap1", "iface_id": ID});
+    for (class, version, mut data) in profiles {
+        data["interface_id"] = ID.into();
+        let profile = envelope(class, version, data);
+        let spec = device(json!({"network": network, "port_profile": profile})).unwrap();
+        assert_eq!((&spec["to"]["port"], &spec["to"]["vlan"]), (&port, &Value::Null), "{class} {version}");
+        let behind_socket =
+            vif(json!({"network": network, "port_profile": profile, "address": "22:52:25:62:e2:aa"}));
+        let to = json!({"kind": "device", "address": "0000:03:00.1", "dev_type": "generic", "port": port});
+        assert_eq!(plug(&behind_socket).unwrap()["to"], to);
+    }
+    let other = envelope("VIFPortProfileOVSRepresentor", "1.0", named("0000:03:00.2"));
+    let problem = device(json!({"network": network, "port_profile": other})).unwrap_err();
+    assert_eq!(problem.field.as_deref(), Some("vif.port_profile.representor_address"));
+}
+
+#[test]
+fn a_nested_device_is_found_by_its_address() {
+    let nested = |data: Value| plug(&envelope("VIFNestedDPDK", "1.0", data)).map(|spec| spec["to"].clone());
+    let profile = envelope("VIFPortProfileK8sDPDK", "1.1", json!({"l3_setup": false, "selflink": "/x"}));
+    let by_mac = nested(json!({"id": ID, "address": "22:52:25:62:e2:aa", "port_profile": profile})).unwrap();
+    assert_eq!(by_mac, json!({"kind": "device", "dev_type": "nested"}));
+    let there = nested(json!({"id": ID, "pci_address": "0000:00:05.0", "dev_driver": "virtio-pci"})).unwrap();
+    assert_eq!(there, json!({"kind": "device", "dev_type": "nested", "address": "0000:00:05.0"}));
+    assert_eq!(nested(json!({"id": ID})).unwrap_err().field.as_deref(), Some("vif.address"));
+    let odd = nested(json!({"id": ID, "pci_address": "eth0"})).unwrap_err();
+    assert_eq!(odd.field.as_deref(), Some("vif.pci_address"));
+}
+
+#[test]
 fn what_is_not_supported_is_said_with_what_is() {
     let qbh = envelope("VIFPortProfile8021Qbh", "1.1", json!({}));
     let fp_tap = envelope("VIFPortProfileFPTap", "1.1", json!({}));
     let fp_tap = json!({"id": ID, "vif_name": "tap1", "bridge_name": "br1", "port_profile": fp_tap});
-    let device = envelope("VIFHostDevice", "1.0", json!({"id": ID, "dev_address": "0000:03:00.1"}));
-    let qbg = envelope("VIFPortProfile8021Qbg", "1.1", json!({}));
-    let direct = json!({"id": ID, "mode": "vepa", "vlan_name": "vlan7", "port_profile": qbg});
+    let tap = || envelope("VIFPortProfileFPTap", "1.1", json!({}));
+    let device =
+        json!({"id": ID, "dev_type": "generic", "dev_address": "0000:03:00.1", "port_profile": tap()});
+    let device = envelope("VIFHostDevice", "1.0", device);
+    let l3 = envelope("VIFPortProfileK8sDPDK", "1.1", json!({"l3_setup": true}));
+    let nested = json!({"id": ID, "address": "52:54:00:00:00:09", "port_profile": l3});
+    let direct = json!({"id": ID, "mode": "vepa", "vlan_name": "vlan7", "port_profile": tap()});
     let direct = envelope("VIFDirect", "1.0", direct);
     let bare = envelope("VIFOpenVSwitch", "1.0", json!({"id": ID, "vif_name": "tap1"}));
     for (value, named) in [
         (vif(json!({"port_profile": qbh})), "VIFPortProfile8021Qbh"),
         (envelope("VIFBridge", "1.0", fp_tap), "VIFPortProfileFPTap"),
-        (device, "VIFHostDevice"),
-        (direct, "VIFPortProfile8021Qbg"),
+        (device, "VIFPortProfileFPTap"),
+        (envelope("VIFNestedDPDK", "1.0", nested), "l3_setup"),
+        (direct, "VIFPortProfileFPTap"),
         (bare, "VIFOpenVSwitch"),
     ] {
         let problem = plug(&value).unwrap_err();
@@ -318,6 +401,8 @@ fn what_a_plug_needs_is_asked_for() {
         ),
         (envelope("VIFDirect", "1.0", json!({"id": ID, "mode": "vepa"})), "vif.dev_address"),
         (envelope("VIFDirect", "1.0", json!({"id": ID, "vlan_name": "v"})), "vif.mode"),
+        (envelope("VIFHostDevice", "1.0", json!({"id": ID, "dev_type": "generic"})), "vif.dev_address"),
+        (envelope("VIFHostDevice", "1.0", json!({"id": ID, "dev_address": "0000:03:00.1"})), "vif.dev_type"),
     ] {
         assert_eq!(plug(&value).unwrap_err().field.as_deref(), Some(field));
     }

@@ -3,9 +3,10 @@
 use vif::vif::{VhostUserMode, VhostUserVif};
 use vif::{PortProfile, ProfileKind};
 
-use super::{open_vswitch, parsed, required, unsupported};
+use super::device::{self, Representor};
+use super::{missing, open_vswitch, parsed, required, unsupported};
 use crate::problem::Problem;
-use crate::spec::{Bridge, Ovs, PlugSpec, Role, Socket, Tap, To};
+use crate::spec::{Bridge, Device, Ovs, PlugSpec, Role, Socket, Tap, To};
 
 pub(super) fn fill_in(spec: &mut PlugSpec, asked: &vif::Plug, card: &VhostUserVif) -> Result<(), Problem> {
     if spec.socket.is_some() {
@@ -25,6 +26,13 @@ pub(super) fn fill_in(spec: &mut PlugSpec, asked: &vif::Plug, card: &VhostUserVi
     Ok(())
 }
 
+/// The virtual function through which the guest reaches its representor.
+fn behind_socket(asked: &vif::Plug, profile: &PortProfile) -> Result<Device, Problem> {
+    let Representor { port, address } = device::representor(asked, profile)?;
+    let address = address.ok_or_else(|| missing("vif.port_profile.representor_address"))?;
+    Ok(Device { port: Some(Box::new(port)), ..Device::new(address) })
+}
+
 fn socket_of(vif: &VhostUserVif) -> Result<Socket, Problem> {
     let role = match required("vif.mode", &vif.mode)? {
         VhostUserMode::Client => Role::Listen,
@@ -37,6 +45,7 @@ fn host_side(asked: &vif::Plug, vif: &VhostUserVif, profile: &PortProfile) -> Re
     // VIFVHostUser 1.0 has no vif_name.
     let tap = || parsed("vif.vif_name", required("vif.vif_name", &vif.vif_name)?);
     match &profile.kind {
+        _ if device::is_offloaded(profile) => Ok(To::Device(behind_socket(asked, profile)?)),
         ProfileKind::FpTap(tap_profile) => {
             let field = "vif.port_profile.mac_address";
             let mac = tap_profile.mac_address.value().map(|mac| parsed(field, mac)).transpose()?;

@@ -1,29 +1,46 @@
-//! A plug's macvtap.
+//! A plug's macvtap, and what the switch outside is told of the guest on it.
 
 use dataplane::Link;
-use hostnet::{HostNet, MacvtapSpec};
+use hostnet::{Association, HostNet, Listener, MacvtapSpec, Profile};
 
 use super::steps::StepError;
-use crate::names::Name;
-use crate::spec::{Macvtap, PlugSpec};
+use crate::names::{Name, Uuid};
+use crate::spec::{Macvtap, PlugSpec, PortProfile};
+
+/// This host, for a switch that wants to know (machine-id(5)).
+const MACHINE_ID: &str = "/etc/machine-id";
 
 /// Makes the macvtap, or finds it made. Nothing to forward for if it is the guest's.
 pub(super) async fn ensure(
     host: &HostNet,
+    listener: &Listener,
     id: &Name,
     spec: &PlugSpec,
     macvtap: &Macvtap,
 ) -> Result<Option<Link>, StepError> {
     let wanted = macvtap_spec(id, spec, macvtap);
-    if macvtap.guest {
+    let link = if macvtap.guest {
         host.ensure_idle_macvtap(&wanted).await?;
-        return Ok(None);
+        None
+    } else {
+        Some(Link::Tap { queues: host.ensure_macvtap(&wanted).await?.queues, offloads: true })
+    };
+    if let Some(guest) = association(host, id, macvtap).await? {
+        host.associate(listener, &guest).await?;
     }
-    Ok(Some(Link::Tap { queues: host.ensure_macvtap(&wanted).await?.queues, offloads: true }))
+    Ok(link)
 }
 
-/// Removes the macvtap if it is ours.
-pub(super) async fn remove(host: &HostNet, id: &Name, macvtap: &Macvtap) -> Result<(), StepError> {
+/// Removes the macvtap if it is ours, once the switch has forgotten the guest.
+pub(super) async fn remove(
+    host: &HostNet,
+    listener: &Listener,
+    id: &Name,
+    macvtap: &Macvtap,
+) -> Result<(), StepError> {
+    if let Some(guest) = association(host, id, macvtap).await? {
+        host.disassociate(listener, &guest).await?;
+    }
     host.remove_macvtap(macvtap.tap(id).as_str(), id.as_str()).await?;
     Ok(())
 }
@@ -39,4 +56,31 @@ fn macvtap_spec(id: &Name, spec: &PlugSpec, macvtap: &Macvtap) -> MacvtapSpec {
         mtu: Some(spec.mtu_bytes().into()),
         address: spec.mac.map(|mac| mac.0),
     }
+}
+
+/// What the switch is to know of the guest, whose address is the macvtap's. Nothing without a macvtap, which it would be behind.
+async fn association(host: &HostNet, id: &Name, macvtap: &Macvtap) -> Result<Option<Association>, StepError> {
+    let Some(profile) = &macvtap.profile else { return Ok(None) };
+    let Some(link) = host.link(macvtap.tap(id).as_str()).await? else { return Ok(None) };
+    let Ok(address) = link.address.try_into() else { return Ok(None) };
+    let profile = match profile {
+        PortProfile::Qbg { manager_id, type_id, type_id_version, instance_id } => Profile::Qbg {
+            manager: *manager_id,
+            type_id: *type_id,
+            type_version: *type_id_version,
+            instance: instance_id.0,
+        },
+        PortProfile::Qbh { profile_id, instance_id } => {
+            Profile::Qbh { profile: profile_id.to_string(), guest: instance_id.0, host: machine_id().await? }
+        }
+    };
+    Ok(Some(Association { device: macvtap.device.to_string(), address, profile }))
+}
+
+async fn machine_id() -> Result<[u8; 16], StepError> {
+    let text = tokio::fs::read_to_string(MACHINE_ID).await;
+    let id = text
+        .map_err(|cause| cause.to_string())
+        .and_then(|text| text.trim().parse::<Uuid>().map_err(|cause| cause.to_string()));
+    id.map(|id| id.0).map_err(|cause| StepError::MachineId { cause })
 }

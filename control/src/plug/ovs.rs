@@ -137,7 +137,7 @@ impl OpenVSwitch {
             return Ok(self.switch.ensure_bridge(&bridge).await?);
         }
         let mut changed = false;
-        for port in self.ports(id, spec, ovs, &bridge, device(host, id, ovs).await?) {
+        for port in self.ports(id, spec, ovs, &bridge, device(host, id, spec, ovs).await?) {
             changed |= self.switch.ensure_port(&port).await?;
         }
         Ok(changed)
@@ -159,7 +159,9 @@ impl OpenVSwitch {
         bridge: &PortSpec,
         device: Device,
     ) -> Vec<PortSpec> {
-        let in_kernel = ovs.vhost_user().is_none() && ovs.datapath_type != Some(DatapathType::Netdev);
+        let in_kernel = ovs.vhost_user().is_none()
+            && devargs(spec).is_none()
+            && ovs.datapath_type != Some(DatapathType::Netdev);
         let mut ports: Vec<_> = ovs
             .ports(id)
             .into_iter()
@@ -178,6 +180,10 @@ impl OpenVSwitch {
             if let Some(socket) = ovs.vhost_user() {
                 first.kind = ovsdb::VHOST_USER.into();
                 first.options = [("vhost-server-path".to_owned(), socket.path.to_string())].into();
+            }
+            if let Some(devargs) = devargs(spec) {
+                first.kind = "dpdk".into();
+                first.options = [("dpdk-devargs".to_owned(), devargs.to_owned())].into();
             }
         }
         if let Some(last) = ports.last_mut() {
@@ -244,8 +250,8 @@ impl OpenVSwitch {
 }
 
 /// What the switch is to open for the first port.
-async fn device(host: &HostNet, id: &Name, ovs: &Ovs) -> Result<Device, StepError> {
-    if ovs.vhost_user().is_some() {
+async fn device(host: &HostNet, id: &Name, spec: &PlugSpec, ovs: &Ovs) -> Result<Device, StepError> {
+    if ovs.vhost_user().is_some() || devargs(spec).is_some() {
         return Ok(Device::Own);
     }
     if ovs.hybrid.is_none() && !ovs.makes_tap() {
@@ -254,6 +260,11 @@ async fn device(host: &HostNet, id: &Name, ovs: &Ovs) -> Result<Device, StepErro
     let port = ovs.port(id);
     let missing = || hostnet::Error::Missing { name: port.to_string() };
     Ok(Device::Host(host.link(port.as_str()).await?.ok_or_else(missing)?.ifindex))
+}
+
+/// What it is to open with DPDK as the representor of a guest's device.
+fn devargs(spec: &PlugSpec) -> Option<&str> {
+    spec.device().and_then(|device| device.devargs())
 }
 
 /// A link of the bridge's name that is no bridge of Open vSwitch would make ovs-vswitchd fail in a way that only its log tells.

@@ -44,11 +44,16 @@ pub(super) async fn plan(
                 steps.extend([format!("{pair}: to {far}"), format!("put {ports} into {bridge}")]);
             }
         }
-        Some(to @ To::Macvtap(Macvtap { device, mode, .. })) => {
+        Some(To::Device(device)) => steps.extend(super::device::plan(id, spec, device)),
+        Some(to @ To::Macvtap(Macvtap { device, mode, profile, .. })) => {
             let name = to.tap(id);
             let made =
                 link(host, "a macvtap", name.as_str(), |kind| matches!(kind, Kind::Macvtap(_))).await?;
             steps.push(format!("{made}: on {device}, mode {}", mode.name()));
+            if let Some(profile) = profile {
+                let protocol = profile.protocol();
+                steps.push(format!("tell the switch at {device} by {protocol}, and wait for its answer"));
+            }
         }
     }
     steps.extend(ports(id, spec));

@@ -9,12 +9,13 @@ use tokio::sync::watch;
 use vhost_user::{Access, Endpoint};
 
 use super::bridge::LinuxBridges;
+use super::device::Devices;
 use super::ovs::OpenVSwitch;
 use super::plan::plan;
 use super::table::Others;
 use super::{bridge, macvtap, tap};
-use crate::config::OvsConfig;
-use crate::names::Name;
+use crate::config::{DevicesConfig, OvsConfig};
+use crate::names::{Name, NameError};
 use crate::spec::{PlugSpec, Role, Socket, To};
 use crate::status::{Status, Whose};
 
@@ -77,6 +78,29 @@ pub enum StepError {
         /// Why.
         cause: std::io::Error,
     },
+    /// A PCI device.
+    #[error("{}", with_causes(.0))]
+    Device(#[from] hostnet::PciError),
+    /// The switch outside.
+    #[error("{}", with_causes(.0))]
+    Association(#[from] hostnet::AssociationError),
+    /// An interface of a device has a name that no plug can have.
+    #[error("an interface of the device cannot be used: {cause}")]
+    Name {
+        /// Its name.
+        cause: NameError,
+    },
+    /// A switch with 802.1Qbh wants to know which host this is.
+    #[error(
+        "this host's id cannot be read from /etc/machine-id: {cause}; make one (systemd-machine-id-setup)"
+    )]
+    MachineId {
+        /// Why.
+        cause: String,
+    },
+    /// A record that was written by hand.
+    #[error("the record does not say how the device was found: unplug it, and plug it again")]
+    Unresolved,
     /// The socket.
     #[error("{}", with_causes(.0))]
     Socket(vhost_user::EndpointError),
@@ -94,8 +118,12 @@ impl StepError {
             | Self::Ovs(_)
             | Self::NoVhostUser { .. }
             | Self::SwitchDirectory { .. }
+            | Self::Device(_)
+            | Self::Association(_)
+            | Self::Name { .. }
+            | Self::MachineId { .. }
             | Self::Socket(_) => Whose::Host,
-            Self::Dataplane(_) => Whose::Vhostd,
+            Self::Unresolved | Self::Dataplane(_) => Whose::Vhostd,
         }
     }
 
@@ -130,7 +158,12 @@ impl StepError {
                     | Host::ForeignBridge { .. }
                     | Host::OtherUplink { .. }
                     | Host::OtherVlan { .. }
+                    | Host::InUse { .. }
+                    | Host::NameTaken { .. }
             ),
+            Self::Device(error) => {
+                matches!(error, hostnet::PciError::Group { .. } | hostnet::PciError::Ambiguous { .. })
+            }
             Self::Ovs(error) => error.is_conflict(),
             Self::Socket(error) => {
                 matches!(
@@ -141,6 +174,10 @@ impl StepError {
             Self::Directory { .. }
             | Self::NoVhostUser { .. }
             | Self::SwitchDirectory { .. }
+            | Self::Association(_)
+            | Self::Name { .. }
+            | Self::MachineId { .. }
+            | Self::Unresolved
             | Self::Dataplane(_) => false,
         }
     }
@@ -173,18 +210,29 @@ pub(super) struct Steps {
     ovs: OpenVSwitch,
     rules: SocketRules,
     bridges: LinuxBridges,
+    devices: Devices,
 }
 
 impl Steps {
-    pub(super) fn new(dataplane: Arc<Dataplane>, host: HostNet, ovs: OvsConfig, rules: SocketRules) -> Self {
-        Self { dataplane, host, ovs: OpenVSwitch::new(ovs), rules, bridges: LinuxBridges::default() }
+    pub(super) fn new(
+        dataplane: Arc<Dataplane>,
+        host: HostNet,
+        (ovs, devices): (OvsConfig, DevicesConfig),
+        rules: SocketRules,
+    ) -> Self {
+        let (ovs, devices) = (OpenVSwitch::new(ovs), Devices::new(devices));
+        Self { dataplane, host, ovs, rules, bridges: LinuxBridges::default(), devices }
     }
 
     /// Decides what a new plug leaves to us, and fails if what it needs is not there, such as an Open vSwitch that answers:
     /// taking back what was done would have to wait for it.
     pub(super) async fn resolve(&self, id: &Name, mut spec: PlugSpec) -> Result<PlugSpec, StepError> {
-        if let Some(To::Ovs(ovs)) = &mut spec.to {
-            self.ovs.resolve(&self.host, id, ovs).await?;
+        match &mut spec.to {
+            Some(To::Ovs(ovs)) => self.ovs.resolve(&self.host, id, ovs).await?,
+            Some(To::Device(device)) => {
+                self.devices.resolve(&self.host, &self.ovs, id, spec.mac, device).await?;
+            }
+            _ => {}
         }
         Ok(spec)
     }
@@ -307,7 +355,10 @@ impl Steps {
                 self.bridges.join(&self.host, id, spec, bridge).await?;
                 Ok(link)
             }
-            To::Macvtap(macvtap) => macvtap::ensure(&self.host, id, spec, macvtap).await,
+            To::Macvtap(macvtap) => {
+                macvtap::ensure(&self.host, &self.devices.listener(), id, spec, macvtap).await
+            }
+            To::Device(device) => self.devices.attach(&self.host, id, spec, device).await,
         }
     }
 
@@ -340,7 +391,19 @@ impl Steps {
                 bridge::leave_hybrid(&self.host, id, ovs).await?;
                 self.ovs.remove_bridges(id, ovs).await
             }
-            Some(To::Macvtap(macvtap)) => macvtap::remove(&self.host, id, macvtap).await,
+            Some(To::Macvtap(macvtap)) => {
+                macvtap::remove(&self.host, &self.devices.listener(), id, macvtap).await
+            }
+            Some(To::Device(device)) => {
+                if let Some(port) = &device.port {
+                    self.ovs.remove_ports(id, port).await?;
+                }
+                self.devices.detach(&self.host, id, spec, device).await?;
+                match &device.port {
+                    Some(port) => self.ovs.remove_bridges(id, port).await,
+                    None => Ok(()),
+                }
+            }
         }
     }
 

@@ -203,6 +203,10 @@ fn shared(id: &Name, spec: &PlugSpec, other: &Name, theirs: &PlugSpec) -> Option
     if let (Some(iface_id), true) = (iface_id(spec), iface_id(spec) == iface_id(theirs)) {
         return Some((format!("logical port {iface_id}"), "spec.to.iface_id"));
     }
+    let device = |spec: &PlugSpec| spec.device().and_then(|device| device.address);
+    if let (Some(device), true) = (device(spec), device(spec) == device(theirs)) {
+        return Some((format!("PCI device {device}"), "spec.to.address"));
+    }
     let tap = |spec: &PlugSpec, id| spec.to.as_ref().map(|to: &To| to.tap(id));
     if let (Some(tap), true) = (tap(spec, id), tap(spec, id) == tap(theirs, other)) {
         return Some((format!("TAP {tap}"), "spec.to.tap"));

@@ -31,7 +31,7 @@ fn plugs(dir: &std::path::Path) -> Arc<Plugs> {
     let dataplane = Arc::new(Dataplane::start(config).unwrap());
     let store = Store::open(dir).unwrap();
     let host = HostNet::open().unwrap();
-    Arc::new(Plugs::new(dataplane, host, OvsConfig::default(), SocketRules::default(), store, Arc::default()))
+    Arc::new(Plugs::new(dataplane, host, Default::default(), SocketRules::default(), store, Arc::default()))
 }
 
 fn kinds(events: &Events) -> Vec<EventKind> {

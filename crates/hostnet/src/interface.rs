@@ -101,16 +101,18 @@ impl HostNet {
         Ok(())
     }
 
-    /// Sets the interface up or down, if it is not.
+    /// Sets the interface up or down, with this MTU in bytes, if it is not so.
     ///
     /// # Errors
     /// [`Error::Missing`]; what the kernel refuses.
-    pub async fn set_link(&self, name: &str, up: bool) -> Result<(), Error> {
+    pub async fn set_interface(&self, name: &str, up: bool, mtu: u32) -> Result<(), Error> {
         let link = self.link(name).await?.ok_or_else(|| Error::Missing { name: name.to_owned() })?;
-        if up {
-            return self.set_up(&link).await;
+        self.set_mtu(&link, Some(mtu)).await?;
+        match (link.up, up) {
+            (false, true) => self.set_up(&link).await,
+            (true, false) => self.change("set down", &link, Message::down).await,
+            _ => Ok(()),
         }
-        if link.up { self.change("set down", &link, Message::down).await } else { Ok(()) }
     }
 
     async fn addresses(&self, link: &LinkState) -> Result<Vec<String>, Error> {

@@ -86,5 +86,10 @@ class Described(WithSwitch):
                 network = objects.network.Network(bridge="br-int")
                 vif = self.vif(vif_name="tap0", address="52:54:00:00:00:01", network=network, port_profile=made)
                 self.prepare_for(vif)
+                if "representor_address" in made.fields:
+                    made.representor_address = "ffff:ff:1f.7"
+                    with self.assertRaisesRegex(vif_exc.PlugException, "no PCI device ffff:ff:1f.7"):
+                        os_vif.plug(vif, instance())
+                    continue
                 os_vif.plug(vif, instance())
                 os_vif.unplug(vif, instance())

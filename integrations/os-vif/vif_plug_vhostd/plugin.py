@@ -21,6 +21,7 @@ PROFILES = {
     "VIFPortProfileFPBridge": ("1.0", "1.1"),
     "VIFPortProfileFPOpenVSwitch": ("1.0", "1.4"),
     "VIFPortProfileOpenVSwitch": ("1.0", "1.4"),
+    "VIFPortProfileOVSRepresentor": ("1.0", "1.4"),
 }
 
 
@@ -79,9 +80,11 @@ class VhostUserPlugin(plugin.PluginBase):
         patience = max(self.config.timeout - 1, self.config.timeout / 2)
         query = {"wait": self.config.wait, "timeout": f"{patience * 1000:.0f}ms"}
         try:
-            self._post("/v1/os-vif/plug", query, vif, instance_info)
+            answer = self._post("/v1/os-vif/plug", query, vif, instance_info)
         except ApiError as error:
             raise exception.PlugException(str(error), problem=error.problem) from error
+        if isinstance(vif, objects.vif.VIFNestedDPDK):
+            _tell_device(vif, answer)
 
     def unplug(self, vif: objects.vif.VIFBase, instance_info: objects.instance_info.InstanceInfo) -> None:
         try:
@@ -89,12 +92,21 @@ class VhostUserPlugin(plugin.PluginBase):
         except ApiError as error:
             raise exception.UnplugException(str(error), problem=error.problem) from error
 
-    def _post(self, resource: str, query: dict[str, str], *both: Any) -> None:
+    def _post(self, resource: str, query: dict[str, str], *both: Any) -> dict[str, Any]:
         vif, instance_info = (object.obj_to_primitive() for object in both)
         if not self.config.anti_spoof:
             vif["versioned_object.data"]["has_traffic_filtering"] = True
         client = Client(self.config.api_socket, self.config.timeout)
-        client.post(resource, query, {"vif": vif, "instance_info": instance_info})
+        return client.post(resource, query, {"vif": vif, "instance_info": instance_info})
+
+
+def _tell_device(vif: objects.vif.VIFNestedDPDK, plug: dict[str, Any]) -> None:
+    """Where the device is that was found by the VIF's address, and the driver that it was bound to before."""
+    device = plug.get("spec", {}).get("to", {})
+    if device.get("address"):
+        vif.pci_address = device["address"]
+    if device.get("found", {}).get("driver"):
+        vif.dev_driver = device["found"]["driver"]
 
 
 class VhostUserFpPlugin(VhostUserPlugin):

@@ -1,121 +1,17 @@
-//! Devices in a sysfs of our own making, and a kernel that answers for it.
+//! Devices in a sysfs of our own making.
+
+#[allow(unreachable_pub, reason = "the end-to-end tests have it, too")]
+mod sysfs;
 
 use std::fs;
-use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, FileType, Mode, mknodat};
-
+use self::sysfs::{PF, Sysfs};
 use super::*;
 
-const PF: &str = "0000:03:00.0";
 const VF: &str = "0000:03:00.3";
 
-/// A sysfs in a directory, links relative as in the kernel's.
-struct Sysfs(tempfile::TempDir);
-
-impl Sysfs {
-    fn new() -> Self {
-        let sysfs = Self(tempfile::tempdir().unwrap());
-        for dir in ["bus/pci/devices", "bus/pci/drivers", "class/net", "kernel/iommu_groups"] {
-            fs::create_dir_all(sysfs.path(dir)).unwrap();
-        }
-        sysfs
-    }
-
-    fn path(&self, path: &str) -> PathBuf {
-        self.0.path().join(path)
-    }
-
-    fn pci(&self) -> Pci {
-        Pci::new(self.0.path())
-    }
-
-    fn write(&self, path: &str, text: &str) {
-        fs::create_dir_all(self.path(path).parent().unwrap()).unwrap();
-        fs::write(self.path(path), text).unwrap();
-    }
-
-    fn link(&self, path: &str, target: &str) {
-        fs::create_dir_all(self.path(path).parent().unwrap()).unwrap();
-        symlink(target, self.path(path)).unwrap();
-    }
-
-    /// A device without driver; its directory, within the tree.
-    fn device(&self, address: &str) -> String {
-        let dir = format!("devices/pci0000:00/{address}");
-        self.write(&format!("{dir}/class"), "0x020000\n");
-        self.write(&format!("{dir}/driver_override"), "(null)\n");
-        self.link(&format!("bus/pci/devices/{address}"), &format!("../../../{dir}"));
-        dir
-    }
-
-    /// Its network interface, below a directory of it (a virtio device's) or itself.
-    fn interface(&self, parent: &str, name: &str, mac: &str) {
-        let dir = format!("{parent}/net/{name}");
-        self.write(&format!("{dir}/address"), &format!("{mac}\n"));
-        self.link(&format!("{dir}/device"), "../..");
-        self.link(&format!("class/net/{name}"), &format!("../../{dir}"));
-    }
-
-    /// A virtual function.
-    fn virtual_function(&self, number: u32, address: &str) -> String {
-        let dir = self.device(address);
-        self.link(&format!("{dir}/physfn"), &format!("../{PF}"));
-        self.link(&format!("devices/pci0000:00/{PF}/virtfn{number}"), &format!("../{address}"));
-        dir
-    }
-
-    fn driver(&self, name: &str) {
-        fs::create_dir_all(self.path(&format!("bus/pci/drivers/{name}"))).unwrap();
-    }
-
-    fn bound(&self, address: &str, driver: &str) {
-        self.driver(driver);
-        let link = format!("devices/pci0000:00/{address}/driver");
-        self.link(&link, &format!("../../../bus/pci/drivers/{driver}"));
-    }
-
-    fn in_group(&self, address: &str, group: u32) {
-        let dir = format!("kernel/iommu_groups/{group}");
-        self.link(&format!("{dir}/devices/{address}"), &format!("../../../../devices/pci0000:00/{address}"));
-        self.link(&format!("devices/pci0000:00/{address}/iommu_group"), &format!("../../../{dir}"));
-    }
-
-    /// The kernel's part: a device told to one of the drivers' `unbind` has none any more; one told to `drivers_probe` is taken
-    /// by its override, unless that is `reluctant`, or else by `native`.
-    fn answer_as_kernel(&self, drivers: &[&str], native: &str) {
-        for driver in drivers {
-            self.driver(driver);
-            let devices = self.path("bus/pci/devices");
-            let path = self.path(&format!("bus/pci/drivers/{driver}/unbind"));
-            on_each_line(&path, move |address| {
-                fs::remove_file(devices.join(address).join("driver")).unwrap();
-            });
-        }
-        let (devices, native) = (self.path("bus/pci/devices"), native.to_owned());
-        on_each_line(&self.path("bus/pci/drivers_probe"), move |address| {
-            let only = fs::read_to_string(devices.join(address).join("driver_override")).unwrap();
-            let driver = match only.trim() {
-                "reluctant" => return,
-                "" | "(null)" => &native,
-                driver => driver,
-            };
-            symlink(format!("../../../bus/pci/drivers/{driver}"), devices.join(address).join("driver"))
-                .unwrap();
-        });
-    }
-}
-
-/// Does something for each text that is written to a file. Its thread waits for the next one until the process ends.
-fn on_each_line(path: &Path, act: impl Fn(&str) + Send + 'static) {
-    mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
-    let path = path.to_owned();
-    std::thread::spawn(move || {
-        while let Ok(text) = fs::read_to_string(&path) {
-            act(text.trim());
-        }
-    });
+fn pci(sysfs: &Sysfs) -> Pci {
+    Pci::new(sysfs.path(""))
 }
 
 fn at(address: &str) -> PciAddress {
@@ -128,11 +24,11 @@ fn binding(driver: Option<&str>, driver_override: Option<&str>) -> Binding {
 
 /// A card with a physical function, its interface `p0` and one virtual function, number 1, of interface `v1`.
 fn card() -> Sysfs {
-    let sysfs = Sysfs::new();
-    let pf = sysfs.device(PF);
-    sysfs.interface(&pf, "p0", "52:54:00:00:00:10");
-    let vf = sysfs.virtual_function(1, VF);
-    sysfs.interface(&vf, "v1", "52:54:00:00:00:11");
+    let sysfs = Sysfs::new().unwrap();
+    let pf = sysfs.device(PF).unwrap();
+    sysfs.interface(&pf, "p0", "52:54:00:00:00:10").unwrap();
+    let vf = sysfs.virtual_function(1, VF).unwrap();
+    sysfs.interface(&vf, "v1", "52:54:00:00:00:11").unwrap();
     sysfs
 }
 
@@ -151,39 +47,39 @@ fn addresses_are_read_as_the_kernel_writes_them() {
 #[test]
 fn a_device_is_seen_with_all_that_matters() {
     let sysfs = card();
-    sysfs.bound(VF, "igbvf");
-    sysfs.in_group(VF, 7);
-    let vf = sysfs.pci().device(at(VF)).unwrap();
+    sysfs.bound(VF, "igbvf").unwrap();
+    sysfs.in_group(VF, 7).unwrap();
+    let vf = pci(&sysfs).device(at(VF)).unwrap();
     assert_eq!(vf.function, Function::Virtual { of: at(PF), number: 1 });
     assert_eq!((vf.interface().unwrap(), vf.iommu_group), ("v1", Some(7)));
     assert_eq!(vf.binding, binding(Some("igbvf"), None));
-    let pf = sysfs.pci().device(at(PF)).unwrap();
+    let pf = pci(&sysfs).device(at(PF)).unwrap();
     assert_eq!((pf.function, pf.iommu_group, pf.binding), (Function::Physical, None, Binding::default()));
 }
 
 #[test]
 fn the_interface_of_a_virtio_device_is_the_pci_devices() {
-    let sysfs = Sysfs::new();
-    let dir = sysfs.device(PF);
-    sysfs.interface(&format!("{dir}/virtio0"), "eth0", "52:54:00:00:00:10");
-    assert_eq!(sysfs.pci().device(at(PF)).unwrap().interface().unwrap(), "eth0");
-    let found = sysfs.pci().device_with([0x52, 0x54, 0, 0, 0, 0x10]).unwrap();
+    let sysfs = Sysfs::new().unwrap();
+    let dir = sysfs.device(PF).unwrap();
+    sysfs.interface(&format!("{dir}/virtio0"), "eth0", "52:54:00:00:00:10").unwrap();
+    assert_eq!(pci(&sysfs).device(at(PF)).unwrap().interface().unwrap(), "eth0");
+    let found = pci(&sysfs).device_with([0x52, 0x54, 0, 0, 0, 0x10]).unwrap();
     assert_eq!(found.address, at(PF));
 }
 
 #[test]
 fn a_device_is_found_by_its_address_if_that_is_its_alone() {
     let sysfs = card();
-    let found = |last| sysfs.pci().device_with([0x52, 0x54, 0, 0, 0, last]);
+    let found = |last| pci(&sysfs).device_with([0x52, 0x54, 0, 0, 0, last]);
     assert_eq!(found(0x11).unwrap().address, at(VF));
     assert!(matches!(found(0x12), Err(PciError::NoInterface { .. })));
     // Neither a second interface of the device nor one on top of it is another device.
-    sysfs.interface(&format!("devices/pci0000:00/{VF}"), "v2", "52:54:00:00:00:11");
-    sysfs.write("devices/virtual/net/vlan7/address", "52:54:00:00:00:11\n");
-    sysfs.link("class/net/vlan7", "../../devices/virtual/net/vlan7");
+    sysfs.interface(&format!("devices/pci0000:00/{VF}"), "v2", "52:54:00:00:00:11").unwrap();
+    sysfs.write("devices/virtual/net/vlan7/address", "52:54:00:00:00:11\n").unwrap();
+    sysfs.link("class/net/vlan7", "../../devices/virtual/net/vlan7").unwrap();
     assert_eq!(found(0x11).unwrap().address, at(VF));
-    let twin = sysfs.virtual_function(2, "0000:03:00.4");
-    sysfs.interface(&twin, "v3", "52:54:00:00:00:11");
+    let twin = sysfs.virtual_function(2, "0000:03:00.4").unwrap();
+    sysfs.interface(&twin, "v3", "52:54:00:00:00:11").unwrap();
     let error = found(0x11).unwrap_err();
     assert!(matches!(error, PciError::Ambiguous { .. }), "{error}");
     assert!(error.to_string().contains("v1 and v2 and v3"), "{error}");
@@ -192,30 +88,30 @@ fn a_device_is_found_by_its_address_if_that_is_its_alone() {
 #[test]
 fn what_is_gone_or_odd_is_named() {
     let sysfs = card();
-    let device = |address: &str| sysfs.pci().device(at(address)).unwrap_err();
+    let device = |address: &str| pci(&sysfs).device(at(address)).unwrap_err();
     assert!(matches!(device("0000:09:00.0"), PciError::Absent { .. }));
 
     let outside = tempfile::tempdir().unwrap();
-    sysfs.link("bus/pci/devices/0000:0a:00.0", outside.path().to_str().unwrap());
+    sysfs.link("bus/pci/devices/0000:0a:00.0", outside.path().to_str().unwrap()).unwrap();
     assert!(matches!(device("0000:0a:00.0"), PciError::Odd { .. }));
-    sysfs.link("bus/pci/devices/0000:0b:00.0", "0000:0b:00.0");
+    sysfs.link("bus/pci/devices/0000:0b:00.0", "0000:0b:00.0").unwrap();
     assert!(matches!(device("0000:0b:00.0"), PciError::Read { .. }), "a loop");
-    sysfs.link("bus/pci/devices/0000:0c:00.0", "../nowhere");
+    sysfs.link("bus/pci/devices/0000:0c:00.0", "../nowhere").unwrap();
     assert!(matches!(device("0000:0c:00.0"), PciError::Absent { .. }), "gone half-way");
 
     for (link, target) in [("physfn", "../elsewhere"), ("physfn", ".."), ("iommu_group", "../../x")] {
-        let dir = sysfs.device("0000:0d:00.0");
-        sysfs.link(&format!("{dir}/{link}"), target);
+        let dir = sysfs.device("0000:0d:00.0").unwrap();
+        sysfs.link(&format!("{dir}/{link}"), target).unwrap();
         let error = device("0000:0d:00.0");
         assert!(error.to_string().contains(link), "{error}");
         fs::remove_dir_all(sysfs.path(&dir)).unwrap();
         fs::remove_file(sysfs.path("bus/pci/devices/0000:0d:00.0")).unwrap();
     }
     // A virtual function that its physical one does not know, and one that has gone.
-    let dir = sysfs.device("0000:0e:00.0");
-    sysfs.link(&format!("{dir}/physfn"), &format!("../{PF}"));
+    let dir = sysfs.device("0000:0e:00.0").unwrap();
+    sysfs.link(&format!("{dir}/physfn"), &format!("../{PF}")).unwrap();
     assert!(matches!(device("0000:0e:00.0"), PciError::Odd { .. }));
-    sysfs.link(&format!("devices/pci0000:00/{PF}/virtfnx"), "../0000:0e:00.0");
+    sysfs.link(&format!("devices/pci0000:00/{PF}/virtfnx"), "../0000:0e:00.0").unwrap();
     assert!(matches!(device("0000:0e:00.0"), PciError::Odd { .. }));
 }
 
@@ -225,28 +121,28 @@ fn an_attribute_that_cannot_be_read_is_named() {
     let class = sysfs.path(&format!("devices/pci0000:00/{VF}/class"));
     fs::remove_file(&class).unwrap();
     fs::create_dir(&class).unwrap();
-    let error = sysfs.pci().device(at(VF)).unwrap_err();
+    let error = pci(&sysfs).device(at(VF)).unwrap_err();
     assert!(matches!(&error, PciError::Read { path, .. } if path.ends_with("class")), "{error}");
 }
 
 #[test]
 fn a_group_that_the_host_uses_is_refused() {
     let sysfs = card();
-    let pci = sysfs.pci();
+    let pci = pci(&sysfs);
     let check = || pci.check_group(&pci.device(at(VF)).unwrap());
     assert!(matches!(check(), Err(PciError::NoIommu { .. })));
-    sysfs.bound(VF, "igbvf");
-    sysfs.in_group(VF, 7);
-    let bridge = sysfs.device("0000:00:1c.0");
-    sysfs.write(&format!("{bridge}/class"), "0x060400\n");
-    sysfs.bound("0000:00:1c.0", "pcieport");
-    sysfs.in_group("0000:00:1c.0", 7);
-    sysfs.device("0000:03:00.5");
-    sysfs.bound("0000:03:00.5", "vfio-pci");
-    sysfs.in_group("0000:03:00.5", 7);
+    sysfs.bound(VF, "igbvf").unwrap();
+    sysfs.in_group(VF, 7).unwrap();
+    let bridge = sysfs.device("0000:00:1c.0").unwrap();
+    sysfs.write(&format!("{bridge}/class"), "0x060400\n").unwrap();
+    sysfs.bound("0000:00:1c.0", "pcieport").unwrap();
+    sysfs.in_group("0000:00:1c.0", 7).unwrap();
+    sysfs.device("0000:03:00.5").unwrap();
+    sysfs.bound("0000:03:00.5", "vfio-pci").unwrap();
+    sysfs.in_group("0000:03:00.5", 7).unwrap();
     check().unwrap();
-    sysfs.bound(PF, "igb");
-    sysfs.in_group(PF, 7);
+    sysfs.bound(PF, "igb").unwrap();
+    sysfs.in_group(PF, 7).unwrap();
     let error = check().unwrap_err().to_string();
     assert!(error.contains(&format!("igb has {PF} in its IOMMU group 7")), "{error}");
 }
@@ -255,13 +151,13 @@ fn a_group_that_the_host_uses_is_refused() {
 fn a_device_changes_its_driver_and_goes_back() {
     for before in [binding(Some("igbvf"), None), binding(Some("igbvf"), Some("igbvf")), Binding::default()] {
         let sysfs = card();
-        let pci = sysfs.pci();
-        sysfs.answer_as_kernel(&["igbvf", "vfio-pci"], "igbvf");
+        let pci = pci(&sysfs);
+        sysfs.answer_as_kernel(&["igbvf", "vfio-pci"], "igbvf").unwrap();
         if let Some(driver) = &before.driver {
-            sysfs.bound(VF, driver);
+            sysfs.bound(VF, driver).unwrap();
         }
         if let Some(only) = &before.driver_override {
-            sysfs.write(&format!("devices/pci0000:00/{VF}/driver_override"), &format!("{only}\n"));
+            sysfs.write(&format!("devices/pci0000:00/{VF}/driver_override"), &format!("{only}\n")).unwrap();
         }
         let now = || pci.device(at(VF)).unwrap().binding;
         assert_eq!(now(), before);
@@ -279,9 +175,9 @@ fn a_device_changes_its_driver_and_goes_back() {
 #[test]
 fn a_driver_that_does_not_take_it_leaves_it_as_it_was() {
     let sysfs = card();
-    let pci = sysfs.pci();
-    sysfs.answer_as_kernel(&["igbvf", "reluctant"], "igbvf");
-    sysfs.bound(VF, "igbvf");
+    let pci = pci(&sysfs);
+    sysfs.answer_as_kernel(&["igbvf", "reluctant"], "igbvf").unwrap();
+    sysfs.bound(VF, "igbvf").unwrap();
     let before = pci.device(at(VF)).unwrap();
     let error = pci.bind(at(VF), "reluctant").unwrap_err();
     assert!(matches!(&error, PciError::Refused { found: None, .. }), "{error}");
@@ -296,24 +192,21 @@ fn a_driver_that_does_not_take_it_leaves_it_as_it_was() {
 #[test]
 fn a_write_that_is_refused_is_named() {
     let sysfs = card();
-    sysfs.bound(VF, "igbvf");
-    sysfs.driver("vfio-pci");
+    sysfs.bound(VF, "igbvf").unwrap();
+    sysfs.driver("vfio-pci").unwrap();
     // Root may write anything; an attribute that is not there nobody can.
     fs::remove_file(sysfs.path(&format!("devices/pci0000:00/{VF}/driver_override"))).unwrap();
-    let error = sysfs.pci().bind(at(VF), "vfio-pci").unwrap_err();
+    let error = pci(&sysfs).bind(at(VF), "vfio-pci").unwrap_err();
     assert!(matches!(&error, PciError::Write { text, .. } if text == "vfio-pci"), "{error}");
-    assert_eq!(sysfs.pci().device(at(VF)).unwrap().binding.driver.as_deref(), Some("igbvf"));
+    assert_eq!(pci(&sysfs).device(at(VF)).unwrap().binding.driver.as_deref(), Some("igbvf"));
 }
 
 #[test]
 fn the_representor_shares_the_switch_and_bears_the_numbers() {
     let sysfs = card();
-    let named = |name: &str, switch: &str, port: &str| {
-        sysfs.write(&format!("class/net/{name}/phys_switch_id"), &format!("{switch}\n"));
-        sysfs.write(&format!("class/net/{name}/phys_port_name"), &format!("{port}\n"));
-    };
-    let found = || sysfs.pci().representor(at(VF));
-    assert!(matches!(sysfs.pci().representor(at(PF)), Err(PciError::NotVirtual { .. })));
+    let named = |name: &str, switch: &str, port: &str| sysfs.switch_port(name, switch, port).unwrap();
+    let found = || pci(&sysfs).representor(at(VF));
+    assert!(matches!(pci(&sysfs).representor(at(PF)), Err(PciError::NotVirtual { .. })));
     assert!(matches!(found(), Err(PciError::NoSwitch { .. })));
     named("p0", "0102", "p0");
     for (name, switch, port) in

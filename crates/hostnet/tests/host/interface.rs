@@ -45,17 +45,18 @@ fn an_interface_is_renamed_up_or_down() {
         sh("ip link add d0 type veth peer name d1");
         let before = net.link("d0").await.unwrap().unwrap();
         for up in [true, false] {
-            net.set_link("d0", up).await.unwrap();
-            net.set_link("d0", up).await.unwrap();
+            let mtu = if up { 1400 } else { before.mtu };
+            net.set_interface("d0", up, mtu).await.unwrap();
+            net.set_interface("d0", up, mtu).await.unwrap();
             net.rename("d0", "tap0").await.unwrap();
             let now = net.link("tap0").await.unwrap().unwrap();
-            assert_eq!((now.ifindex, now.up), (before.ifindex, up));
+            assert_eq!((now.ifindex, now.up, now.mtu), (before.ifindex, up, mtu));
             net.rename("tap0", "d0").await.unwrap();
         }
         let taken = net.rename("d0", "d1").await.unwrap_err();
         assert!(matches!(&taken, Error::NameTaken { to, .. } if to == "d1"), "{taken}");
         assert!(matches!(net.rename("d9", "d8").await, Err(Error::Missing { .. })));
-        assert!(matches!(net.set_link("d9", true).await, Err(Error::Missing { .. })));
+        assert!(matches!(net.set_interface("d9", true, 1500).await, Err(Error::Missing { .. })));
         for bad in ["", "a/b", "0123456789abcdef"] {
             assert!(matches!(net.rename("d0", bad).await, Err(Error::Tap(_))), "{bad:?}");
         }

@@ -1,0 +1,284 @@
+//! A plug's PCI device: found, given to the guest, and given back as it was found.
+//!
+//! ```text
+//! resolve   which device, what it is now, and whether the guest can have it    before anything is recorded
+//! attach    address and VLAN → driver → representor's name                      each repeatable
+//! detach    the same backwards, to what the record says
+//! ```
+//!
+//! What is to be given back is recorded with the plug before anything is changed: a daemon that is killed at any step goes on
+//! from there when it is back. What is gone by then, the device or its physical function, needs nothing back.
+
+use dataplane::Link;
+use hostnet::{Binding, Function, FunctionState, HostNet, Pci, PciDevice, PciError};
+
+use super::macvtap;
+use super::ovs::OpenVSwitch;
+use super::steps::StepError;
+use crate::config::DevicesConfig;
+use crate::names::{IfName, Mac, Name, PciAddress};
+use crate::spec::{
+    Attach, Device, DeviceType, Found, FoundFunction, FoundRepresentor, Macvtap, MacvtapMode, Ovs, PlugSpec,
+};
+
+/// Drivers of this name leave a device to a guest, and need all of its IOMMU group.
+const VFIO_PREFIX: &str = "vfio";
+/// Characters of os-vif's names for ports that it makes up.
+const PORT_CHARS: usize = 14;
+
+/// The host's devices.
+pub(super) struct Devices {
+    pci: Pci,
+    config: DevicesConfig,
+}
+
+impl Devices {
+    pub(super) fn new(config: DevicesConfig) -> Self {
+        Self { pci: Pci::new(&config.sysfs), config }
+    }
+
+    /// Decides what a new plug leaves to us, and looks at how the device is. Fails if the guest cannot have it.
+    pub(super) async fn resolve(
+        &self,
+        host: &HostNet,
+        ovs: &OpenVSwitch,
+        id: &Name,
+        mac: Option<Mac>,
+        device: &mut Device,
+    ) -> Result<(), StepError> {
+        let (address, by_mac) = (device.address, mac.map(|mac| mac.0).unwrap_or_default());
+        let now = self
+            .pci(move |pci| match address {
+                Some(address) => pci.device(address.0),
+                None => pci.device_with(by_mac),
+            })
+            .await?;
+        device.address = Some(PciAddress(now.address));
+        if device.driver.is_none() {
+            device.driver = match device.dev_type {
+                DeviceType::Nested => Some(self.config.nested_driver.clone()),
+                DeviceType::Ethernet => self.config.driver.clone(),
+                // Behind a socket it is driven by its network driver.
+                DeviceType::Generic => self.config.driver.clone().filter(|_| device.port.is_none()),
+            };
+        }
+        self.check(host, device, &now).await?;
+        let mut found = Found {
+            driver: now.binding.driver.clone(),
+            driver_override: now.binding.driver_override.clone(),
+            iommu_group: now.iommu_group,
+            ..Found::default()
+        };
+        if device.dev_type == DeviceType::Ethernet {
+            found.function = Some(self.function(host, &now).await?);
+        }
+        if let Some(port) = &mut device.port {
+            found.representor = Some(self.resolve_port(host, ovs, id, &now, port).await?);
+        }
+        device.found = Some(found);
+        Ok(())
+    }
+
+    /// Refuses a device that the host needs, and one that no driver can give to a guest.
+    async fn check(&self, host: &HostNet, device: &Device, now: &PciDevice) -> Result<(), StepError> {
+        if !device.force {
+            for interface in &now.interfaces {
+                host.refuse_used(interface).await?;
+            }
+        }
+        if device.driver.as_ref().is_some_and(|driver| driver.as_str().starts_with(VFIO_PREFIX)) {
+            let now = now.clone();
+            self.pci(move |pci| pci.check_group(&now)).await?;
+        }
+        Ok(())
+    }
+
+    async fn function(&self, host: &HostNet, now: &PciDevice) -> Result<FoundFunction, StepError> {
+        let Function::Virtual { of, number } = now.function else {
+            return Err(PciError::NotVirtual { address: now.address }.into());
+        };
+        let interface = self.physical_interface(PciAddress(of)).await?;
+        let held = host.virtual_function(&interface, number).await?;
+        Ok(FoundFunction {
+            physical: PciAddress(of),
+            number,
+            mac: (held.address != [0; 6]).then_some(Mac(held.address)),
+            vlan: held.vlan,
+            priority: held.priority,
+        })
+    }
+
+    /// The representor, or with DPDK what ovs-vswitchd opens in its place.
+    async fn resolve_port(
+        &self,
+        host: &HostNet,
+        ovs: &OpenVSwitch,
+        id: &Name,
+        now: &PciDevice,
+        port: &mut Ovs,
+    ) -> Result<FoundRepresentor, StepError> {
+        let address = now.address;
+        let found = self.pci(move |pci| pci.representor(address)).await?;
+        let missing = || hostnet::Error::Missing { name: found.name.clone() };
+        let link = host.link(&found.name).await?.ok_or_else(missing)?;
+        let asked = port.attach.take();
+        let name: IfName = named(&found.name)?;
+        let wanted = port.tap.take().unwrap_or_else(|| name.clone());
+        port.tap = Some(wanted);
+        ovs.resolve(host, id, port).await?;
+        // It would join us with a switch that has DPDK by vhost-user: that one opens representors itself.
+        let by_switch = asked.is_none() && port.attach == Some(Attach::VhostUser);
+        (port.attach, port.socket) = (Some(Attach::Tap), None);
+        let mut devargs = None;
+        if by_switch {
+            devargs = Some(format!("{},representor=[{}]", found.physical, found.number));
+            port.tap = Some(named(&format!("vfr{id}").chars().take(PORT_CHARS).collect::<String>())?);
+        }
+        Ok(FoundRepresentor { name, up: link.up, mtu: link.mtu, devargs })
+    }
+
+    /// Gives the device to the guest. If that is behind a socket, gives what forwards to it.
+    pub(super) async fn attach(
+        &self,
+        host: &HostNet,
+        id: &Name,
+        spec: &PlugSpec,
+        device: &Device,
+    ) -> Result<Option<Link>, StepError> {
+        let (Some(address), Some(found)) = (device.address, &device.found) else {
+            return Err(StepError::Unresolved);
+        };
+        if let (Some(function), Some(mac)) = (&found.function, spec.mac) {
+            let interface = self.physical_interface(function.physical).await?;
+            let wanted = FunctionState { address: mac.0, vlan: device.vlan.unwrap_or_default(), priority: 0 };
+            host.set_virtual_function(&interface, function.number, &wanted).await?;
+        }
+        if let Some(driver) = &device.driver {
+            let driver = driver.to_string();
+            self.pci(move |pci| pci.bind(address.0, &driver)).await?;
+        }
+        if let (Some(port), Some(FoundRepresentor { devargs: None, .. })) = (&device.port, &found.representor)
+        {
+            let now = self.pci(move |pci| pci.representor(address.0)).await?.name;
+            let wanted = port.tap(id);
+            if now != wanted.as_str() {
+                host.rename(&now, wanted.as_str()).await?;
+            }
+            host.set_interface(wanted.as_str(), true, spec.mtu_bytes().into()).await?;
+        }
+        if spec.socket.is_none() {
+            return Ok(None);
+        }
+        let now = self.pci(move |pci| pci.device(address.0)).await?;
+        let below = named(now.interface()?)?;
+        let tap = Some(Device::tap(id));
+        let alone = Macvtap { mode: MacvtapMode::Passthrough, tap, ..Macvtap::new(below) };
+        macvtap::ensure(host, &self.listener(), id, spec, &alone).await
+    }
+
+    /// Gives the device back. Its port is out of Open vSwitch by now: a switch that holds a representor under one name does not
+    /// know it under another.
+    pub(super) async fn detach(
+        &self,
+        host: &HostNet,
+        id: &Name,
+        spec: &PlugSpec,
+        device: &Device,
+    ) -> Result<(), StepError> {
+        let (Some(address), Some(found)) = (device.address, &device.found) else { return Ok(()) };
+        if spec.socket.is_some() {
+            host.remove_macvtap(Device::tap(id).as_str(), id.as_str()).await?;
+        }
+        if let Some(FoundRepresentor { devargs: None, name, up, mtu }) = &found.representor {
+            let representor = gone_is_none(self.pci(move |pci| pci.representor(address.0)).await)?;
+            if let Some(now) = representor.map(|representor| representor.name) {
+                if now != name.as_str() {
+                    host.rename(&now, name.as_str()).await?;
+                }
+                host.set_interface(name.as_str(), *up, *mtu).await?;
+            }
+        }
+        if let Some(function) = &found.function {
+            let before = FunctionState {
+                address: function.mac.map(|mac| mac.0).unwrap_or_default(),
+                vlan: function.vlan,
+                priority: function.priority,
+            };
+            if let Some(interface) = gone_is_none(self.physical_interface(function.physical).await)? {
+                match host.set_virtual_function(&interface, function.number, &before).await {
+                    Err(hostnet::Error::NoFunction { .. } | hostnet::Error::Missing { .. }) => {}
+                    done => done?,
+                }
+            }
+        }
+        if device.driver.is_some() {
+            let before =
+                Binding { driver: found.driver.clone(), driver_override: found.driver_override.clone() };
+            gone_is_none(self.pci(move |pci| pci.restore(address.0, &before)).await)?;
+        }
+        Ok(())
+    }
+
+    /// lldpad, for macvtaps whose switch is told of the guest.
+    pub(super) fn listener(&self) -> hostnet::Listener {
+        hostnet::Listener { pid_file: self.config.lldpad.clone(), ..hostnet::Listener::default() }
+    }
+
+    async fn physical_interface(&self, physical: PciAddress) -> Result<String, PciError> {
+        self.pci(move |pci| pci.device(physical.0)?.interface().map(str::to_owned)).await
+    }
+
+    /// sysfs is read and written on a thread that may wait: a driver that lets go of a device takes its time.
+    async fn pci<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&Pci) -> Result<T, PciError> + Send + 'static,
+    ) -> Result<T, PciError> {
+        let pci = self.pci.clone();
+        tokio::task::spawn_blocking(move || call(&pci)).await.expect("looking at a device does not panic")
+    }
+}
+
+/// What attaching a resolved device does, one sentence a step.
+pub(super) fn plan(id: &Name, spec: &PlugSpec, device: &Device) -> Vec<String> {
+    let (Some(address), Some(found)) = (device.address, &device.found) else { return Vec::new() };
+    let mut steps = Vec::new();
+    if let (Some(function), Some(mac)) = (&found.function, spec.mac) {
+        let vlan = device.vlan.map(|vlan| format!(", VLAN {vlan}")).unwrap_or_default();
+        steps.push(format!("have {} hold {address} with address {mac}{vlan}", function.physical));
+    }
+    if let Some(driver) = &device.driver {
+        let now = found.driver.as_deref().unwrap_or("none");
+        steps.push(format!("bind {address} to driver {driver}, which is bound to {now}"));
+    }
+    if let (Some(port), Some(FoundRepresentor { name, devargs: None, .. })) =
+        (&device.port, &found.representor)
+    {
+        let wanted = port.tap(id);
+        let named = if *name == wanted { String::new() } else { format!(", call it {wanted}") };
+        steps.push(format!("take {name}, the representor of {address}{named}, and set it up"));
+    }
+    if spec.socket.is_some() {
+        steps.push(format!("make {}, a macvtap that has {address} for itself", Device::tap(id)));
+    }
+    steps
+}
+
+/// What there is nothing to give back to.
+fn gone_is_none<T>(result: Result<T, PciError>) -> Result<Option<T>, PciError> {
+    match result {
+        Ok(found) => Ok(Some(found)),
+        Err(
+            PciError::Absent { .. }
+            | PciError::NotVirtual { .. }
+            | PciError::NoSwitch { .. }
+            | PciError::NoRepresentor { .. }
+            | PciError::Unbound { .. },
+        ) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// A name that the kernel gave.
+fn named(interface: &str) -> Result<IfName, StepError> {
+    interface.parse().map_err(|cause| StepError::Name { cause })
+}

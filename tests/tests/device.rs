@@ -1,0 +1,303 @@
+//! Devices that guests get: found in a sysfs of the test's own making, in which the test plays the kernel; their interfaces are
+//! real ones. A virtual function `v1` and its representor `r1` are the two ends of a cable.
+//!
+//! ```text
+//! vm1 ── vhostd ── macvtap on v1 ══ r1 ── br0 of Open vSwitch ── r2 ══ v2 under a macvtap ── vhostd ── vm2
+//! ```
+#![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
+
+use std::fs;
+use std::process::Output;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use e2e::daemon::Daemon;
+use e2e::deadline::wait_for_some;
+use e2e::exchange::{self, GUESTS};
+use e2e::netns::Netns;
+use e2e::ovs::{Dpdk, Ovs, datapath_type};
+use e2e::peer::{Peer, PeerConfig};
+use e2e::sysfs::{PF, Sysfs};
+use serde_json::{Value, json};
+
+const SOON: Duration = Duration::from_secs(30);
+/// The virtual functions.
+const VFS: [&str; 2] = ["0000:03:00.1", "0000:03:00.2"];
+const SWITCH: &str = "0a0b0c0d";
+const PRECONDITION: i32 = 7;
+const CONFLICT: i32 = 4;
+
+struct Host {
+    daemon: Daemon,
+    sysfs: Sysfs,
+}
+
+impl Host {
+    /// A card with two virtual functions, each bound to `igbvf`, with an interface and a representor. Macvtaps' devices are named
+    /// by interface numbers in one directory for all namespaces of the machine: those behind `others` are this test's.
+    fn start(others: u32, configuration: impl FnOnce(&Arc<Netns>) -> Result<String>) -> Result<Self> {
+        let (netns, sysfs) = (Arc::new(Netns::new()?), Sysfs::new()?);
+        netns.run(&format!("for n in $(seq {others}); do ip link add f$n type bridge; done"))?;
+        netns.run("ip link add p0 type veth peer name uplink")?;
+        let pf = sysfs.device(PF)?;
+        sysfs.interface(&pf, "p0", "52:54:00:00:00:f0")?;
+        sysfs.switch_port("p0", SWITCH, "p0")?;
+        sysfs.answer_as_kernel(&["igbvf", "vfio-pci", "uio_pci_generic"], "igbvf")?;
+        for (number, address) in (0_u32..).zip(VFS) {
+            let (vf, representor) = (format!("v{}", number + 1), format!("r{}", number + 1));
+            netns.run(&format!("ip link add {vf} type veth peer name {representor}"))?;
+            let dir = sysfs.virtual_function(number, address)?;
+            sysfs.interface(&dir, &vf, &format!("52:54:00:00:00:a{number}"))?;
+            sysfs.bound(address, "igbvf")?;
+            sysfs.in_group(address, number + 7)?;
+            sysfs.interface(&pf, &representor, &format!("52:54:00:00:00:b{number}"))?;
+            sysfs.switch_port(&representor, SWITCH, &format!("pf0vf{number}"))?;
+        }
+        let devices = format!("[devices]\nsysfs = {:?}\n{}", sysfs.path(""), configuration(&netns)?);
+        Ok(Self { daemon: Daemon::start_on(netns, &devices)?, sysfs })
+    }
+
+    fn plug(&self, document: &Value) -> Result<Output> {
+        let path = self.daemon.socket("document.json");
+        fs::write(&path, document.to_string())?;
+        self.daemon.command(&["plug", "-f", path.to_str().unwrap()])
+    }
+
+    fn plugged(&self, document: &Value) -> Result<()> {
+        let output = self.plug(document)?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    }
+
+    /// Driver and override of each device; names, addresses, MTUs of all links and whether they are up.
+    fn state(&self) -> Result<String> {
+        let drivers = VFS.map(|vf| {
+            let dir = self.sysfs.path(&format!("bus/pci/devices/{vf}"));
+            let driver = fs::read_link(dir.join("driver")).unwrap_or_default();
+            (
+                driver,
+                fs::read_to_string(dir.join("driver_override"))
+                    .unwrap_or_default()
+                    .trim()
+                    .replace("(null)", ""),
+            )
+        });
+        // Whether a veth's other end is up is told in its flags, too.
+        let links = "ip -oneline link show type veth | sed 's/,LOWER_UP//;s/NO-CARRIER,//;s/ state [A-Z]*//;s/ qdisc [a-z]*//'";
+        Ok(format!("{drivers:?}\n{}", self.daemon.host().run(links)?))
+    }
+
+    /// What the kernel does in sysfs when an interface gets another name.
+    fn renamed(&self, from: &str, to: &str) -> Result<()> {
+        Ok(fs::rename(
+            self.sysfs.path(&format!("class/net/{from}")),
+            self.sysfs.path(&format!("class/net/{to}")),
+        )?)
+    }
+
+    fn guest(&self, name: &str) -> Result<Peer> {
+        let path = self.daemon.socket(name);
+        let connect = || Ok(Peer::connect(&path, PeerConfig::default()).ok());
+        let mut guest = wait_for_some("the port's socket", SOON, connect)?;
+        guest.offer_all();
+        self.daemon.wait_for_forwarding(&[name])?;
+        Ok(guest)
+    }
+}
+
+fn said(output: &Output, code: i32) -> Result<String> {
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.code() == Some(code), "{:?}, not {code}: {errors}", output.status);
+    Ok(errors)
+}
+
+fn envelope(class: &str, version: &str, data: Value) -> Value {
+    let mut envelope = json!({"versioned_object.name": class, "versioned_object.namespace": "os_vif"});
+    envelope["versioned_object.version"] = version.into();
+    envelope["versioned_object.data"] = data;
+    envelope
+}
+
+const ID: &str = "dc065497-3c8d-4f44-8fb4-e1d33c16a536";
+
+/// A VIFHostDevice as nova makes one of a port of vnic type `direct`, but for `dev_type`.
+fn host_device(dev_type: &str) -> Value {
+    let network = envelope("Network", "1.1", json!({"id": ID, "bridge": "br0", "mtu": 1450}));
+    let mut data = json!({"id": ID, "address": "22:52:25:62:e2:aa", "network": network, "dev_type": dev_type,
+                          "dev_address": VFS[0]});
+    data["port_profile"] = envelope("VIFPortProfileBase", "1.1", json!({}));
+    envelope("VIFHostDevice", "1.0", data)
+}
+
+#[test]
+fn a_device_is_given_to_the_guest_and_given_back_also_after_a_kill() -> Result<()> {
+    let mut host = Host::start(0, |_| Ok("driver = \"vfio-pci\"\n".into()))?;
+    let before = host.state()?;
+    let vif = host_device("generic");
+    for round in 0..2 {
+        host.plugged(&vif)?;
+        let shown = host.daemon.json(&["show", ID])?;
+        assert_eq!(shown["spec"]["to"]["driver"], "vfio-pci");
+        assert_eq!(shown["spec"]["to"]["found"], json!({"driver": "igbvf", "iommu_group": 7}));
+        assert_eq!(shown["status"]["phase"], "forwarding");
+        assert!(host.daemon.run(&["show", ID])?.contains("/dev/vfio/7"));
+        assert!(host.state()?.contains("drivers/vfio-pci"));
+        host.plugged(&vif)?;
+        if round == 1 {
+            host.daemon.kill_and_restart()?;
+            host.daemon.wait_for_forwarding(&[ID])?;
+            assert_eq!(host.daemon.json(&["show", ID])?["spec"], shown["spec"]);
+        }
+        host.daemon.run(&["unplug", ID])?;
+        assert_eq!(host.state()?, before);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_kill_in_the_middle_leaves_nothing_behind() -> Result<()> {
+    let mut host = Host::start(0, |_| Ok("driver = \"vfio-pci\"\n".into()))?;
+    let before = host.state()?;
+    // The driver does not let go: nobody reads what is written there.
+    let unbind = host.sysfs.path("bus/pci/drivers/stuck/unbind");
+    host.sysfs.driver("stuck")?;
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &unbind,
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+        0,
+    )?;
+    let driver = host.sysfs.path(&format!("bus/pci/devices/{}/driver", VFS[0]));
+    fs::remove_file(&driver)?;
+    host.sysfs.bound(VFS[0], "stuck")?;
+    let body = json!({"vif": host_device("generic"), "instance_info": null}).to_string();
+    std::thread::scope(|scope| -> Result<()> {
+        let daemon = &host.daemon;
+        scope.spawn(move || daemon.http("POST", "/v1/os-vif/plug", &body));
+        let only = host.sysfs.path(&format!("bus/pci/devices/{}/driver_override", VFS[0]));
+        wait_for_some("the change of drivers to have begun", SOON, || {
+            Ok((fs::read_to_string(&only)?.trim() == "vfio-pci").then_some(()))
+        })
+    })?;
+    host.daemon.kill_and_restart_after(|| {
+        fs::remove_file(&driver)?;
+        host.sysfs.bound(VFS[0], "igbvf")?;
+        Ok(())
+    })?;
+    // It goes on where it was, from what it recorded; what had the device then cannot have it any more.
+    host.daemon.wait_for_forwarding(&[ID])?;
+    assert_eq!(host.daemon.json(&["show", ID])?["spec"]["to"]["found"]["driver"], "stuck");
+    fs::remove_dir_all(host.sysfs.path("bus/pci/drivers/stuck"))?;
+    let unfinished = host.daemon.command(&["unplug", ID])?;
+    assert!(!unfinished.status.success(), "a driver that is gone takes nothing back");
+    host.sysfs.driver("stuck")?;
+    wait_for_some("the device to be given back", SOON, || {
+        Ok((host.daemon.json(&["ls"])?.as_array().is_some_and(Vec::is_empty)).then_some(()))
+    })?;
+    fs::remove_file(&driver)?;
+    host.sysfs.bound(VFS[0], "igbvf")?;
+    assert_eq!(host.state()?, before);
+    Ok(())
+}
+
+#[test]
+fn what_no_guest_can_have_is_refused_and_untouched() -> Result<()> {
+    let host = Host::start(0, |_| Ok(String::new()))?;
+    let before = host.state()?;
+    let generic = |more: Value| {
+        let mut to = json!({"kind": "device", "address": VFS[0]});
+        to.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        json!({"id": "vm1", "spec": {"to": to}})
+    };
+    let refused = |document: &Value, code, text: &str| -> Result<()> {
+        let errors = said(&host.plug(document)?, code)?;
+        ensure!(errors.contains(text), "{errors}");
+        ensure!(host.state()? == before, "something was touched");
+        ensure!(host.daemon.json(&["ls"])? == json!([]));
+        Ok(())
+    };
+    refused(&generic(json!({"address": "0000:09:00.0"})), PRECONDITION, "no PCI device 0000:09:00.0")?;
+    refused(&generic(json!({"driver": "igc"})), PRECONDITION, "modprobe igc")?;
+    refused(&host_device("ethernet"), PRECONDITION, "p0 has no virtual function 0")?;
+    let physical = json!({"id": "vm1", "spec": {"mac": "52:54:00:00:00:01",
+                          "to": {"kind": "device", "address": PF, "dev_type": "ethernet"}}});
+    refused(&physical, PRECONDITION, "no virtual function")?;
+    host.sysfs.in_group("0000:03:00.0", 7)?;
+    host.sysfs.bound(PF, "igb")?;
+    refused(&generic(json!({"driver": "vfio-pci"})), CONFLICT, "igb has 0000:03:00.0")?;
+    host.daemon.host().run("ip addr add 192.0.2.1/24 dev v1")?;
+    refused(&generic(json!({})), CONFLICT, "192.0.2.1")?;
+    host.plugged(&generic(json!({"force": true})))?;
+    host.daemon.host().run("ip addr del 192.0.2.1/24 dev v1")?;
+    let errors = said(&host.plug(&host_device("generic"))?, CONFLICT)?;
+    assert!(errors.contains("belongs to plug vm1"), "{errors}");
+    host.daemon.run(&["unplug", "vm1"])?;
+    Ok(())
+}
+
+#[test]
+fn a_nested_containers_device_is_found_by_its_address() -> Result<()> {
+    let host = Host::start(0, |_| Ok(String::new()))?;
+    let before = host.state()?;
+    let profile = envelope("VIFPortProfileK8sDPDK", "1.1", json!({"l3_setup": false}));
+    let vif = |mac: &str| {
+        let data = json!({"id": ID, "address": mac, "port_profile": profile});
+        envelope("VIFNestedDPDK", "1.0", data)
+    };
+    host.plugged(&vif("52:54:00:00:00:a1"))?;
+    let to = host.daemon.json(&["show", ID])?["spec"]["to"].take();
+    assert_eq!((&to["address"], &to["driver"]), (&json!(VFS[1]), &json!("uio_pci_generic")));
+    assert_eq!(to["found"]["driver"], "igbvf");
+    host.plugged(&vif("52:54:00:00:00:a1"))?;
+    host.daemon.run(&["unplug", ID])?;
+    assert_eq!(host.state()?, before);
+    let unknown = said(&host.plug(&vif("52:54:00:00:00:ff"))?, PRECONDITION)?;
+    assert!(unknown.contains("52:54:00:00:00:ff"), "{unknown}");
+    fs::write(host.sysfs.path("class/net/v1/address"), "52:54:00:00:00:a1\n")?;
+    let ambiguous = said(&host.plug(&vif("52:54:00:00:00:a1"))?, CONFLICT)?;
+    assert!(ambiguous.contains("v1 and v2"), "{ambiguous}");
+    Ok(())
+}
+
+#[test]
+fn guests_behind_sockets_reach_open_vswitch_through_their_virtual_functions() -> Result<()> {
+    let mut ovs = None;
+    let mut host = Host::start(120, |netns| {
+        let started = Ovs::start(netns, Dpdk::Off)?;
+        let configuration = format!(
+            "[ovs]\ndatabase = \"unix:{}\"\ndatapath_type = \"{}\"\n",
+            started.socket().display(),
+            datapath_type()
+        );
+        ovs = Some(started);
+        Ok(configuration)
+    })?;
+    let ovs = ovs.unwrap();
+    let before = host.state()?;
+    for (number, (name, address)) in ["vm1", "vm2"].into_iter().zip(GUESTS).enumerate() {
+        let mac = address.map(|byte| format!("{byte:02x}")).join(":");
+        let port = json!({"bridge": "br0", "tap": format!("tap-{name}"), "iface_id": format!("lsp-{name}")});
+        let spec = json!({"socket": {"role": "listen", "path": host.daemon.socket(name)}, "mac": mac,
+                          "to": {"kind": "device", "address": VFS[number], "port": port}});
+        host.plugged(&json!({"id": name, "spec": spec}))?;
+        host.renamed(&format!("r{}", number + 1), &format!("tap-{name}"))?;
+    }
+    assert_eq!(ovs.vsctl("list-ports br0")?, "tap-vm1\ntap-vm2");
+    let ids = ovs.vsctl("get Interface tap-vm1 external_ids")?;
+    for id in ["iface-id=lsp-vm1", "iface-status=active", "attached-mac="] {
+        assert!(ids.contains(id), "{ids}");
+    }
+    exchange::exchange(&mut host.guest("vm1")?, &mut host.guest("vm2")?)?;
+    host.daemon.kill_and_restart()?;
+    exchange::exchange(&mut host.guest("vm1")?, &mut host.guest("vm2")?)?;
+    for name in ["vm1", "vm2"] {
+        host.daemon.run(&["unplug", name])?;
+    }
+    // A device below a macvtap is set up, and stays so.
+    host.daemon.host().run("ip link set v1 down; ip link set v2 down")?;
+    assert_eq!(host.state()?, before);
+    assert_eq!(ovs.vsctl("list-br")?, "");
+    Ok(())
+}
