@@ -23,22 +23,29 @@ pub struct Traffic {
     /// Lengths of the frames, in turn, bytes.
     lengths: Vec<usize>,
     stations: u32,
+    /// Frames begin as IPv4 datagrams do.
+    ipv4: bool,
 }
 
 impl Traffic {
     /// Frames of one length, from 14 bytes on.
     pub fn of(len: usize) -> Self {
-        Self { lengths: vec![len], stations: 0 }
+        Self { lengths: vec![len], stations: 0, ipv4: false }
     }
 
     /// The mix.
     pub fn imix() -> Self {
-        Self { lengths: IMIX.to_vec(), stations: 0 }
+        Self { lengths: IMIX.to_vec(), stations: 0, ipv4: false }
     }
 
     /// The same from so many addresses in all, of which each front end has its share.
     pub fn with_stations(self, stations: u32) -> Self {
         Self { stations, ..self }
+    }
+
+    /// The same as datagrams of IPv4, each from [`ip`] of its front end.
+    pub fn over_ipv4(self) -> Self {
+        Self { ipv4: true, ..self }
     }
 
     /// Length of the longest frame.
@@ -51,7 +58,12 @@ impl Traffic {
         let others = ports - 1;
         let frame = |n: usize| {
             let to = (from + 1 + n % others) % ports;
-            frame(from, to, self.lengths[n / others])
+            let mut frame = frame(from, to, self.lengths[n / others]);
+            if self.ipv4 {
+                frame[12..15].copy_from_slice(&[0x08, 0x00, 0x45]);
+                frame[26..30].copy_from_slice(&ip(from));
+            }
+            frame
         };
         (0..others * self.lengths.len()).map(frame).collect()
     }
@@ -60,12 +72,25 @@ impl Traffic {
 /// A frame from front end `from` to front end `to` with an EtherType that means nothing to anybody. The last three bytes
 /// of the addresses are the station's number.
 pub fn frame(from: usize, to: usize, len: usize) -> Vec<u8> {
-    let address = |port: usize| [2, 0, u8::try_from(port + 1).expect("few ports"), 0, 0, 0];
     let mut frame = vec![0; len];
-    frame[..6].copy_from_slice(&address(to));
-    frame[6..12].copy_from_slice(&address(from));
+    frame[..6].copy_from_slice(&mac(to));
+    frame[6..12].copy_from_slice(&mac(from));
     frame[12..14].copy_from_slice(&[0x88, 0xb5]);
     frame
+}
+
+/// Ethernet address of a front end.
+pub fn mac(port: usize) -> [u8; 6] {
+    [2, 0, number(port), 0, 0, 0]
+}
+
+/// IPv4 address of a front end.
+pub fn ip(port: usize) -> [u8; 4] {
+    [10, 0, 0, number(port)]
+}
+
+fn number(port: usize) -> u8 {
+    u8::try_from(port + 1).expect("few ports")
 }
 
 /// Front ends, one on each of a back end's sockets.

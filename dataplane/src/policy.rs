@@ -9,6 +9,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use wire::ethernet::ethertype;
 use wire::{Claims, Ethernet, Mac};
 
 use crate::drops::DropReason;
@@ -57,6 +58,16 @@ impl Policy {
         }
         let own = |claim: Option<IpAddr>| claim.is_none_or(|address| self.is_own(address));
         if own(claims.source) && own(claims.target) { Ok(()) } else { Err(DropReason::SpoofedAddress) }
+    }
+
+    /// What decides about most frames: of two that the same station sends, with the same of these, both pass or none. `None`
+    /// for a frame that has to be judged by itself.
+    #[inline]
+    pub(crate) fn gist(prefix: &[u8]) -> Option<[u8; 4]> {
+        // Ethernet without tags, and the fixed part of an IPv4 header.
+        let head: &[u8; 34] = prefix.first_chunk()?;
+        let is_v4 = head[12..14] == ethertype::IPV4.to_be_bytes() && head[14] >> 4 == 4;
+        is_v4.then_some([head[26], head[27], head[28], head[29]])
     }
 
     #[inline]
@@ -156,6 +167,22 @@ mod tests {
         let policy = policy(&[("0.0.0.0", 0)]);
         assert_eq!(check(&policy, &from(OWN, "203.0.113.5")), Ok(()));
         assert_eq!(check(&policy, &from(OWN, "2001:db8::1")), Err(DropReason::SpoofedAddress));
+    }
+
+    #[test]
+    fn frames_of_one_gist_are_judged_alike() {
+        let gist = |frame: &[u8]| Policy::gist(frame);
+        let policy = policy(&[("10.0.0.1", 32)]);
+        let (own, other) = (from(OWN, "10.0.0.1"), from(OWN, "10.0.0.2"));
+        assert_eq!((gist(&own), gist(&other)), (Some([10, 0, 0, 1]), Some([10, 0, 0, 2])));
+        assert_ne!(check(&policy, &own), check(&policy, &other));
+        // Neither of these is judged by its source alone.
+        let arp = Arp::request(Mac::new(OWN), [10, 0, 0, 1], [10, 0, 0, 2]).frame(Mac::BROADCAST);
+        let mut not_v4 = own.clone();
+        not_v4[14] = 0x55;
+        for frame in [&arp[..], &from(OWN, "fe80::1"), &not_v4, &own[..33]] {
+            assert_eq!(gist(frame), None);
+        }
     }
 
     #[test]

@@ -217,8 +217,11 @@ impl<'a, 'b> Classifier<'a, 'b> {
             let len = burst.frame_len(index);
             match self.destination(burst, index, len) {
                 Ok((to, plain)) => {
-                    let plain = plain && self.policy.is_none();
-                    let (same, bytes) = if plain { self.like(burst, index, left) } else { (1 << index, 0) };
+                    let (same, bytes) = match (plain, self.policy) {
+                        (true, None) => self.like::<false>(burst, index, left),
+                        (true, Some(_)) => self.like::<true>(burst, index, left),
+                        (false, _) => (1 << index, 0),
+                    };
                     self.bytes += u64::from(len) + bytes;
                     self.send(to, same);
                     left &= !same;
@@ -231,18 +234,25 @@ impl<'a, 'b> Classifier<'a, 'b> {
         }
     }
 
-    /// The frames of `left` from `first` on that need no decision of their own: header and addresses are the same, and
-    /// the first is plain and was accepted. Also gives the bytes of all but the first.
+    /// The frames of `left` from `first` on that need no decision of their own: header and addresses, and what a policy
+    /// asks of most, are the same, and the first is plain and was accepted. Also gives the bytes of all but the first.
     #[inline]
-    fn like(&mut self, burst: &Burst<'_>, first: usize, left: u64) -> (u64, u64) {
+    fn like<const POLICY: bool>(&mut self, burst: &Burst<'_>, first: usize, left: u64) -> (u64, u64) {
         let lead = burst.lead(first);
         let (mut same, mut bytes) = (1u64 << first, 0u64);
+        let gist = if POLICY { Policy::gist(burst.prefix(first)) } else { None };
+        if POLICY && gist.is_none() {
+            return (same, bytes);
+        }
         let (frame_max, mut longest) = (self.frame_max, self.longest);
         let mut rest = left & left.wrapping_sub(1);
         while rest != 0 {
             let index = rest.trailing_zeros() as usize % BURST_MAX;
             let len = burst.frame_len(index);
             if burst.lead(index) != lead || len > frame_max {
+                break;
+            }
+            if POLICY && Policy::gist(burst.prefix(index)) != gist {
                 break;
             }
             same |= 1 << index;

@@ -13,11 +13,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use benches::side::Side;
-use benches::traffic::{Guests, Traffic};
+use benches::traffic::{Guests, Traffic, ip, mac};
 use clap::{Parser, ValueEnum};
 use dataplane::fdb::Fdb;
 use dataplane::light::LightConfig;
-use dataplane::{Config, Dataplane, Link, Poll, PortSpec};
+use dataplane::{Config, Dataplane, Link, Policy, Poll, PortSpec};
 use vring::{BURST_MAX, Frames, RxRing, TxBurst, TxRing, features};
 use wire::Mac;
 
@@ -44,6 +44,8 @@ enum Step {
     LookUp,
     /// A burst through the switch and into a split RX ring, in the worker.
     Forward,
+    /// The same of datagrams from guests that may be nobody else.
+    ForwardPolicy,
 }
 
 impl Step {
@@ -53,7 +55,7 @@ impl Step {
             Self::DequeueSplit | Self::DequeuePacked => "instructions::dequeue",
             Self::EnqueueSplit | Self::EnqueuePacked => "instructions::enqueue",
             Self::LookUp => "instructions::look_up",
-            Self::Forward => "dataplane::switch::forward",
+            Self::Forward | Self::ForwardPolicy => "dataplane::switch::forward",
         }
     }
 
@@ -63,7 +65,8 @@ impl Step {
             Self::DequeueSplit | Self::EnqueueSplit => copy_bursts(0),
             Self::DequeuePacked | Self::EnqueuePacked => copy_bursts(1 << features::RING_PACKED),
             Self::LookUp => look_up_bursts(),
-            Self::Forward => forward_bursts(),
+            Self::Forward => forward_bursts(false),
+            Self::ForwardPolicy => forward_bursts(true),
         }
     }
 
@@ -207,8 +210,8 @@ fn look_up_bursts() -> Result<u64> {
     Ok(FRAMES)
 }
 
-/// A worker between two light front ends.
-fn forward_bursts() -> Result<u64> {
+/// A worker between two light front ends; `held`: to their addresses.
+fn forward_bursts(held: bool) -> Result<u64> {
     let dir = tempfile::tempdir()?;
     let config = Config {
         cpus: Vec::new(),
@@ -219,13 +222,16 @@ fn forward_bursts() -> Result<u64> {
     };
     let plane = Dataplane::start(config)?;
     let mut sockets = Vec::new();
-    for name in ["a", "b"] {
+    for (n, name) in ["a", "b"].into_iter().enumerate() {
+        let policy = held.then(|| Policy::new(mac(n), [(ip(n).into(), 32)]));
         sockets.push(dir.path().join(name));
         let endpoint = vhost_user::Endpoint::listen(dir.path().join(name));
-        let link = Link::VhostUser { endpoint, mac: None, queue_pairs: 1, policy: None };
+        let link = Link::VhostUser { endpoint, mac: None, queue_pairs: 1, policy };
         plane.add_port(PortSpec { name: name.into(), network: "bench".into(), mtu: 1500, link })?;
     }
-    let mut guests = Guests::connect(&sockets, &LightConfig::default(), &Traffic::of(FRAME as usize))?;
+    let traffic = Traffic::of(FRAME as usize);
+    let traffic = if held { traffic.over_ipv4() } else { traffic };
+    let mut guests = Guests::connect(&sockets, &LightConfig::default(), &traffic)?;
     guests.deliver(FRAMES);
     drop(guests);
     let worker = plane.workers().pop().context("a worker")?;
