@@ -132,8 +132,12 @@ impl Found {
     }
 }
 
-/// What it takes to have the bridge, and how to name it in the same transaction.
-pub(crate) fn bridge_operations(found: &Found, spec: &PortSpec) -> Result<(Value, Vec<Value>), Error> {
+/// What it takes to have the bridge of port `n` of a transaction, and how to name it there.
+pub(crate) fn bridge_operations(
+    found: &Found,
+    spec: &PortSpec,
+    n: usize,
+) -> Result<(Value, Vec<Value>), Error> {
     if let (Some(row), Some(kind)) = (&found.bridge, found.datapath_type()) {
         let uuid = value::uuids(row, "_uuid").pop().unwrap_or_default();
         return match spec.datapath_type {
@@ -147,29 +151,31 @@ pub(crate) fn bridge_operations(found: &Found, spec: &PortSpec) -> Result<(Value
     }
     let kind = spec.datapath_type.unwrap_or(spec.datapath_default).name();
     let bridge = &spec.bridge;
+    let [own_interface, own_port, name] =
+        ["own_interface", "own_port", "bridge"].map(|row| format!("{row}{n}"));
     // A bridge has a port of its own, which the host sees as a link of the bridge's name.
     let operations = vec![
-        json!({"op": "insert", "table": "Interface", "uuid-name": "own_interface",
+        json!({"op": "insert", "table": "Interface", "uuid-name": own_interface,
                "row": {"name": bridge, "type": "internal"}}),
-        json!({"op": "insert", "table": "Port", "uuid-name": "own_port",
-               "row": {"name": bridge, "interfaces": value::named("own_interface")}}),
-        json!({"op": "insert", "table": "Bridge", "uuid-name": "bridge",
-               "row": {"name": bridge, "datapath_type": kind, "ports": value::named("own_port"),
+        json!({"op": "insert", "table": "Port", "uuid-name": own_port,
+               "row": {"name": bridge, "interfaces": value::named(&own_interface)}}),
+        json!({"op": "insert", "table": "Bridge", "uuid-name": name,
+               "row": {"name": bridge, "datapath_type": kind, "ports": value::named(&own_port),
                        "external_ids": value::map([(BRIDGE_MARK, "made")])}}),
-        mutate("Open_vSwitch", &[], "bridges", "insert", &value::set([value::named("bridge")])),
+        mutate("Open_vSwitch", &[], "bridges", "insert", &value::set([value::named(&name)])),
     ];
-    Ok((value::named("bridge"), operations))
+    Ok((value::named(&name), operations))
 }
 
-/// What it takes to have the port. Empty if all is as it should be.
-pub(crate) fn port_operations(found: &Found, spec: &PortSpec) -> Result<Vec<Value>, Error> {
-    let (bridge, mut operations) = bridge_operations(found, spec)?;
+/// What it takes to have port `n` of a transaction. Empty if all is as it should be.
+pub(crate) fn port_operations(found: &Found, spec: &PortSpec, n: usize) -> Result<Vec<Value>, Error> {
+    let (bridge, mut operations) = bridge_operations(found, spec, n)?;
     let foreign =
         |owner: String| Error::OtherOwner { port: spec.name.clone(), bridge: spec.bridge.clone(), owner };
     let (port, interface) = match (&found.port, &found.interface) {
         (Some(port), Some(interface)) => (port, interface),
         (None, None) => {
-            operations.extend(new_port(&bridge, spec));
+            operations.extend(new_port(&bridge, spec, n));
             return Ok(operations);
         }
         _ => return Err(foreign("somebody else, as part of a bond".into())),
@@ -196,7 +202,7 @@ pub(crate) fn port_operations(found: &Found, spec: &PortSpec) -> Result<Vec<Valu
     Ok(operations)
 }
 
-fn new_port(bridge: &Value, spec: &PortSpec) -> Vec<Value> {
+fn new_port(bridge: &Value, spec: &PortSpec, n: usize) -> Vec<Value> {
     let pairs = |map: &BTreeMap<String, String>| {
         value::map(map.iter().map(|(key, value)| (key.as_str(), value.as_str())))
     };
@@ -205,9 +211,10 @@ fn new_port(bridge: &Value, spec: &PortSpec) -> Vec<Value> {
     if let Some(mtu) = spec.mtu {
         interface["mtu_request"] = mtu.into();
     }
+    let [interface_name, port_name, qos_name] = ["interface", "port", "qos"].map(|row| format!("{row}{n}"));
     // Transient: `ovs-ctl --delete-transient-ports` takes it out when the host starts, before its device is there again and
     // whether its plug is still wanted is known. We put back what is.
-    let mut port = json!({"name": spec.name, "interfaces": value::named("interface"),
+    let mut port = json!({"name": spec.name, "interfaces": value::named(&interface_name),
                           "external_ids": pairs(&marks(spec)),
                           "other_config": value::map([("transient", "true")])});
     if spec.isolated {
@@ -218,9 +225,9 @@ fn new_port(bridge: &Value, spec: &PortSpec) -> Vec<Value> {
     let mut operations = vec![delete_qos(&spec.name)];
     if let Some(kind) = &spec.qos {
         let ids = value::map([("id", qos_id(&spec.name).as_str()), ("_type", kind)]);
-        operations.push(json!({"op": "insert", "table": "QoS", "uuid-name": "qos",
+        operations.push(json!({"op": "insert", "table": "QoS", "uuid-name": qos_name,
                                "row": {"type": kind, "external_ids": ids}}));
-        port["qos"] = value::named("qos");
+        port["qos"] = value::named(&qos_name);
     }
     // Aborts the transaction if the bridge has gone meanwhile: a port in no bridge would be made and lost in silence.
     let guard = |uuid: &Value| {
@@ -231,9 +238,9 @@ fn new_port(bridge: &Value, spec: &PortSpec) -> Vec<Value> {
     let whose = if there { json!(["_uuid", "==", bridge]) } else { json!(["name", "==", spec.bridge]) };
     operations.extend(there.then(|| guard(bridge)));
     operations.extend([
-        json!({"op": "insert", "table": "Interface", "uuid-name": "interface", "row": interface}),
-        json!({"op": "insert", "table": "Port", "uuid-name": "port", "row": port}),
-        mutate("Bridge", &[whose], "ports", "insert", &value::set([value::named("port")])),
+        json!({"op": "insert", "table": "Interface", "uuid-name": interface_name, "row": interface}),
+        json!({"op": "insert", "table": "Port", "uuid-name": port_name, "row": port}),
+        mutate("Bridge", &[whose], "ports", "insert", &value::set([value::named(&port_name)])),
     ]);
     operations
 }
@@ -295,10 +302,12 @@ fn marks(spec: &PortSpec) -> BTreeMap<String, String> {
 }
 
 /// Whether the switch has the port open. It says -1 or nothing where it has not.
-pub(crate) fn opened(interface: &Row, spec: &PortSpec) -> Result<(), Error> {
+pub(crate) fn is_open(found: &Found, spec: &PortSpec) -> Result<(), Error> {
     if spec.device == Device::ToCome {
         return Ok(());
     }
+    let none = Row::new();
+    let interface = found.interface.as_ref().unwrap_or(&none);
     let cause = match (value::text(interface, "error"), value::integer(interface, "ofport")) {
         (Some(error), _) => error.to_owned(),
         (None, Some(1..)) => return Ok(()),
@@ -347,15 +356,15 @@ mod tests {
     }
 
     fn kinds(found: &Found, spec: &PortSpec) -> Vec<String> {
-        let operations = port_operations(found, spec).unwrap();
+        let operations = port_operations(found, spec, 0).unwrap();
         operations.iter().map(|o| format!("{} {}", o["op"], o["table"]).replace('"', "")).collect()
     }
 
     #[test]
     fn a_port_that_is_right_is_not_touched() {
-        assert!(port_operations(&there(), &spec()).unwrap().is_empty());
+        assert!(port_operations(&there(), &spec(), 0).unwrap().is_empty());
         assert!(!there().is_stale(&spec()));
-        assert_eq!(opened(there().interface.as_ref().unwrap(), &spec()), Ok(()));
+        assert_eq!(is_open(&there(), &spec()), Ok(()));
     }
 
     #[test]
@@ -369,14 +378,14 @@ mod tests {
         let port = ["delete QoS", "wait Bridge", "insert Interface", "insert Port", "mutate Bridge"];
         assert_eq!(kinds(&bridge, &spec()), port);
         let isolated = PortSpec { isolated: true, ..spec() };
-        assert_eq!(port_operations(&bridge, &isolated).unwrap()[3]["row"]["tag"], 4095);
+        assert_eq!(port_operations(&bridge, &isolated, 0).unwrap()[3]["row"]["tag"], 4095);
         let shaped = PortSpec { qos: Some("linux-noop".into()), ..spec() };
-        let operations = port_operations(&bridge, &shaped).unwrap();
+        let operations = port_operations(&bridge, &shaped, 0).unwrap();
         assert_eq!(
             (&operations[1]["table"], &operations[1]["row"]["type"]),
             (&json!("QoS"), &json!("linux-noop"))
         );
-        assert_eq!(operations[4]["row"]["qos"], json!(["named-uuid", "qos"]));
+        assert_eq!(operations[4]["row"]["qos"], json!(["named-uuid", "qos0"]));
     }
 
     #[test]
@@ -387,7 +396,7 @@ mod tests {
     #[test]
     fn only_what_differs_is_corrected() {
         let ids = PortSpec { external_ids: [("iface-id".to_owned(), "lsp2".to_owned())].into(), ..spec() };
-        let operations = port_operations(&there(), &ids).unwrap();
+        let operations = port_operations(&there(), &ids, 0).unwrap();
         let keys: Vec<_> =
             operations.iter().map(|operation| operation["mutations"][0][2].to_string()).collect();
         assert_eq!(keys, [r#"["set",["iface-id"]]"#, r#"["map",[["iface-id","lsp2"]]]"#]);
@@ -399,7 +408,7 @@ mod tests {
 
     #[test]
     fn what_is_somebody_elses_is_refused() {
-        let refused = |found: &Found, spec: &PortSpec| port_operations(found, spec).unwrap_err();
+        let refused = |found: &Found, spec: &PortSpec| port_operations(found, spec, 0).unwrap_err();
         let netdev = PortSpec { datapath_type: Some(DatapathType::System), ..spec() };
         assert!(matches!(refused(&there(), &netdev), Error::DatapathType { .. }));
         let elsewhere = Found { port_bridge: Some("br1".into()), ..there() };
@@ -434,10 +443,10 @@ mod tests {
             (json!({"ofport": -1}), "no number"),
             (json!({"ofport": -1, "error": "could not open t0"}), "could not open t0"),
         ] {
-            let interface = row(interface).unwrap();
-            let error = opened(&interface, &spec()).unwrap_err().to_string();
+            let found = Found { interface: row(interface), ..there() };
+            let error = is_open(&found, &spec()).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
-            assert_eq!(opened(&interface, &PortSpec { device: Device::ToCome, ..spec() }), Ok(()));
+            assert_eq!(is_open(&found, &PortSpec { device: Device::ToCome, ..spec() }), Ok(()));
         }
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tracing::info;
 
-use crate::plan::{self, BRIDGE_MARK, Found, PortSpec, bridge_operations, mutate, opened, port_operations};
+use crate::plan::{self, BRIDGE_MARK, Found, PortSpec, bridge_operations, is_open, mutate, port_operations};
 use crate::value::{self, Row};
 use crate::{Client, Error};
 
@@ -82,7 +82,7 @@ impl Switch {
     pub async fn ensure_bridge(&self, spec: &PortSpec) -> Result<bool, Error> {
         let (bridge, mut cause) = (&spec.bridge, String::new());
         for _ in 0..ATTEMPTS {
-            let (_, operations) = bridge_operations(&self.look("", bridge).await?, spec)?;
+            let (_, operations) = bridge_operations(&self.look("", bridge).await?, spec, 0)?;
             if operations.is_empty() {
                 return Ok(false);
             }
@@ -107,23 +107,42 @@ impl Switch {
     /// [`Error::DatapathType`], [`Error::OtherBridge`], [`Error::OtherOwner`], [`Error::LogicalPort`]; [`Error::Port`],
     /// [`Error::Unapplied`]: the rows stay then; those of a connection.
     pub async fn ensure_port(&self, spec: &PortSpec) -> Result<bool, Error> {
-        let (name, mut changed, mut cause) = (&spec.name, false, String::new());
+        self.ensure_ports(&[spec]).await
+    }
+
+    /// The same for ports that the switch has to take up at one time, all or none: a patch port whose peer comes later has an
+    /// error that the switch may not look at again. They must not need one bridge that is not there.
+    ///
+    /// # Errors
+    /// As [`ensure_port`](Self::ensure_port).
+    pub async fn ensure_ports(&self, specs: &[&PortSpec]) -> Result<bool, Error> {
+        let Some(first) = specs.first().map(|spec| spec.name.as_str()) else { return Ok(false) };
+        let (mut changed, mut cause) = (false, String::new());
         for _ in 0..ATTEMPTS {
-            let found = self.look(name, &spec.bridge).await?;
-            let operations = port_operations(&found, spec)?;
-            if found.is_stale(spec) {
-                self.remove(&spec.bridge, name).await?;
+            let found = self.look_at(specs).await?;
+            let both = || found.iter().zip(specs);
+            let operations = both().enumerate().map(|(n, (found, spec))| port_operations(found, spec, n));
+            let operations = operations.collect::<Result<Vec<_>, _>>()?.concat();
+            let complete = found.iter().all(|found| found.port.is_some());
+            // What is there of an incomplete pair goes first, as does what has another device open.
+            let in_the_way = |(found, spec): &(&Found, &&PortSpec)| {
+                found.port.is_some() && (found.is_stale(spec) || !complete)
+            };
+            if let Some((_, spec)) = both().find(in_the_way) {
+                self.remove(&spec.bridge, &spec.name).await?;
                 changed = true;
                 continue;
             }
-            if operations.is_empty() && found.interface.as_ref().is_some_and(|row| opened(row, spec).is_ok())
-            {
+            if operations.is_empty() && both().all(|(found, spec)| is_open(found, spec).is_ok()) {
                 return Ok(changed);
             }
-            if found.port.is_none() {
-                self.free_logical_port(spec).await?;
+            if !complete {
+                for spec in specs {
+                    self.free_logical_port(spec).await?;
+                }
                 // A port of this name that went just now has to be gone for the switch, too, before it comes again.
-                self.wait_until_applied(name, found.generation, APPLY_LIMIT).await?;
+                let generation = found.iter().map(|found| found.generation).max().unwrap_or_default();
+                self.wait_until_applied(first, generation, APPLY_LIMIT).await?;
             }
             changed |= !operations.is_empty();
             // Without operations it is asked for a sign: a port that is right, but not open, may be about to be.
@@ -134,13 +153,18 @@ impl Switch {
                     continue;
                 }
             };
-            self.wait_until_applied(name, generation, APPLY_LIMIT).await?;
-            let Some(interface) = self.look(name, &spec.bridge).await?.interface else { continue };
-            opened(&interface, spec)?;
-            info!(port = name, bridge = spec.bridge, "port of Open vSwitch");
+            self.wait_until_applied(first, generation, APPLY_LIMIT).await?;
+            let found = self.look_at(specs).await?;
+            if found.iter().any(|found| found.interface.is_none()) {
+                continue;
+            }
+            for (found, spec) in found.iter().zip(specs) {
+                is_open(found, spec)?;
+                info!(port = spec.name, bridge = spec.bridge, "port of Open vSwitch");
+            }
             return Ok(changed);
         }
-        Err(Error::Raced { port: name.clone(), cause })
+        Err(Error::Raced { port: first.into(), cause })
     }
 
     /// Removes the port if it is in the bridge and bears the plug's mark. False if it was not removed. The switch has let go
@@ -224,6 +248,14 @@ impl Switch {
             }
         }
         Ok(())
+    }
+
+    async fn look_at(&self, specs: &[&PortSpec]) -> Result<Vec<Found>, Error> {
+        let mut found = Vec::with_capacity(specs.len());
+        for spec in specs {
+            found.push(self.look(&spec.name, &spec.bridge).await?);
+        }
+        Ok(found)
     }
 
     async fn look(&self, port: &str, bridge: &str) -> Result<Found, Error> {
