@@ -103,6 +103,11 @@ impl Role {
         matches!(self, Self::FrontendListen | Self::FrontendConnect)
     }
 
+    /// True if the daemon makes the socket.
+    pub fn is_ours_to_make(self) -> bool {
+        matches!(self, Self::Listen | Self::FrontendListen)
+    }
+
     /// As the command line has it.
     pub fn name(self) -> &'static str {
         match self {

@@ -91,20 +91,22 @@ impl OpenVSwitch {
         }
     }
 
-    /// The directory beneath which the socket that we share with ovs-vswitchd is, if it is one of ours, made if it is not
-    /// there.
-    pub(super) async fn directory_of(&self, socket: &Socket) -> Result<Option<PathBuf>, StepError> {
+    /// The directory for sockets that we share with ovs-vswitchd, if this one is beneath it.
+    pub(super) fn directory_of(&self, socket: &Socket) -> Option<PathBuf> {
         let dir = &self.config.socket_dir;
-        if !socket.path.as_path().starts_with(dir) {
-            return Ok(None);
+        socket.path.as_path().starts_with(dir).then(|| dir.clone())
+    }
+
+    /// Makes that directory if it is not there.
+    pub(super) async fn make_directory(&self) -> Result<(), StepError> {
+        let dir = &self.config.socket_dir;
+        if tokio::fs::try_exists(dir).await.unwrap_or(false) {
+            return Ok(());
         }
-        if !tokio::fs::try_exists(dir).await.unwrap_or(false) {
-            let failed = |cause| StepError::SwitchDirectory { path: dir.display().to_string(), cause };
-            tokio::fs::create_dir_all(dir).await.map_err(failed)?;
-            let permissions = PermissionsExt::from_mode(DIRECTORY_MODE);
-            tokio::fs::set_permissions(dir, permissions).await.map_err(failed)?;
-        }
-        Ok(Some(dir.clone()))
+        let failed = |cause| StepError::SwitchDirectory { path: dir.display().to_string(), cause };
+        tokio::fs::create_dir_all(dir).await.map_err(failed)?;
+        let permissions = PermissionsExt::from_mode(DIRECTORY_MODE);
+        tokio::fs::set_permissions(dir, permissions).await.map_err(failed)
     }
 
     /// Whether the bridge is there.
@@ -136,11 +138,10 @@ impl OpenVSwitch {
         if !ovs.makes_port() {
             return Ok(self.switch.ensure_bridge(&bridge).await?);
         }
-        let mut changed = false;
-        for port in self.ports(id, spec, ovs, &bridge, device(host, id, spec, ovs).await?) {
-            changed |= self.switch.ensure_port(&port).await?;
-        }
-        Ok(changed)
+        let ports = self.ports(id, spec, ovs, &bridge, device(host, id, spec, ovs).await?);
+        let [first, patch @ ..] = ports.as_slice() else { return Ok(false) };
+        let changed = self.switch.ensure_port(first).await?;
+        Ok(self.switch.ensure_ports(&patch.iter().collect::<Vec<_>>()).await? || changed)
     }
 
     /// Whether the kernel takes frames from the bridge's TAPs, and does what is left to it. ovs-vswitchd, when it forwards
@@ -173,6 +174,10 @@ impl OpenVSwitch {
                 ..bridge.clone()
             })
             .collect();
+        if let Some(last) = ports.last_mut() {
+            last.external_ids = external_ids(spec, ovs);
+            last.isolated = ovs.isolated;
+        }
         if let Some(first) = ports.first_mut() {
             first.device = device;
             first.mtu = Some(spec.mtu_bytes());
@@ -185,10 +190,6 @@ impl OpenVSwitch {
                 first.kind = "dpdk".into();
                 first.options = [("dpdk-devargs".to_owned(), devargs.to_owned())].into();
             }
-        }
-        if let Some(last) = ports.last_mut() {
-            last.external_ids = external_ids(spec, ovs);
-            last.isolated = ovs.isolated;
         }
         ports
     }

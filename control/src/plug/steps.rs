@@ -298,7 +298,28 @@ impl Steps {
         others: &Others<'_>,
     ) -> Result<(), StepError> {
         self.remove_ports(ports).await;
+        self.remove_sockets(spec).await;
         self.remove_host_side(id, spec, others).await
+    }
+
+    /// Removes what a daemon that was killed has left of sockets that it made. Whatever else is there stays.
+    async fn remove_sockets(&self, spec: &PlugSpec) {
+        for socket in spec.sockets().filter(|socket| socket.role.is_ours_to_make()) {
+            let Ok(beneath) = self.beneath(&socket) else { continue };
+            let path = socket.path.as_path().to_owned();
+            let remove = move || vhost_user::remove_stale(&path, beneath.as_deref());
+            if matches!(tokio::task::spawn_blocking(remove).await, Ok(Ok(true))) {
+                tracing::info!(path = %socket.path, "socket that was left removed");
+            }
+        }
+    }
+
+    /// The directory that a socket's path has to stay beneath.
+    fn beneath(&self, socket: &Socket) -> Result<Option<PathBuf>, StepError> {
+        match self.ovs.directory_of(socket) {
+            None => self.rules.dir_of(socket),
+            ours => Ok(ours),
+        }
     }
 
     /// How far the plug's ports have come.
@@ -364,10 +385,10 @@ impl Steps {
 
     /// The front end to which the switch connects, once the directory for its socket is there.
     async fn ensure_switch_socket(&self, spec: &PlugSpec, socket: &Socket) -> Result<Link, StepError> {
-        let beneath = match self.ovs.directory_of(socket).await? {
-            None => self.rules.dir_of(socket)?,
-            ours => ours,
-        };
+        if self.ovs.directory_of(socket).is_some() {
+            self.ovs.make_directory().await?;
+        }
+        let beneath = self.beneath(socket)?;
         Ok(Link::FrontEnd { endpoint: self.endpoint(socket, beneath), queue_pairs: spec.front_end_queues() })
     }
 

@@ -46,5 +46,5 @@ pub use endpoint::{Endpoint, Role};
 pub use frontend::{Bells, FrontEnd, FrontEndError, RingPlace};
 pub use limits::Limits;
 pub use sessions::{EndpointId, OnChange, Sessions};
-pub use socket::{Access, EndpointError, PATH_MAX};
+pub use socket::{Access, EndpointError, PATH_MAX, remove_stale};
 pub use status::{RingStatus, SessionState, SessionStatus};

@@ -144,6 +144,18 @@ impl Place {
         Ok((socket, Published { place: self, id: identity(&stat) }))
     }
 
+    /// Removes the file if the name still stands for this one.
+    fn remove(&self, id: (u64, u64)) -> bool {
+        if self.look().ok().flatten().is_none_or(|(_, stat)| identity(&stat) != id) {
+            return false;
+        }
+        let removed = fs::unlinkat(&self.dir, &self.name, AtFlags::empty());
+        if let Err(error) = removed {
+            tracing::warn!(path = %self.path.display(), %error, "socket file cannot be removed");
+        }
+        removed.is_ok()
+    }
+
     fn error(&self, what: &'static str, cause: Errno) -> EndpointError {
         failed(&self.path, what, cause)
     }
@@ -185,6 +197,16 @@ impl Place {
             Err(e) => Err(self.error("probe", e)),
         }
     }
+}
+
+/// Removes the file of a listening socket that a process of ours left when it was killed. False if there is none.
+///
+/// # Errors
+/// What is there is somebody else's, or no socket, or in use.
+pub fn remove_stale(path: &Path, beneath: Option<&Path>) -> Result<bool, EndpointError> {
+    let place = Place::open(path, beneath)?;
+    let Some(stale) = place.check()? else { return Ok(false) };
+    Ok(place.remove(identity(&stale)))
 }
 
 /// Access to a published socket.
@@ -232,10 +254,7 @@ fn move_into(place: &Place, from: &OwnedFd, name: &Path) -> Result<(), EndpointE
 
 impl Drop for Published {
     fn drop(&mut self) {
-        let ours = self.place.look().ok().flatten().is_some_and(|(_, stat)| identity(&stat) == self.id);
-        if ours && let Err(error) = fs::unlinkat(&self.place.dir, &self.place.name, AtFlags::empty()) {
-            tracing::warn!(path = %self.place.path.display(), %error, "socket file cannot be removed");
-        }
+        self.place.remove(self.id);
     }
 }
 

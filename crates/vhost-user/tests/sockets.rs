@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{CWD, FileType, Mode, RenameFlags, mknodat, renameat_with};
 use rustix::net::sockopt;
 use support::*;
-use vhost_user::socket::Place;
+use vhost_user::socket::{Place, remove_stale};
 use vhost_user::{
     Access, Endpoint, EndpointError, Limits, PATH_MAX, Role, SessionState, SessionStatus, Sessions,
 };
@@ -71,6 +71,21 @@ fn stale_socket_is_replaced() {
     assert_eq!(entries(dir.path()), ["port"]);
     assert_eq!(Raw::connect(&path).ask(id::GET_FEATURES, &[]), OFFERED.to_ne_bytes());
     sessions.remove(id);
+}
+
+#[test]
+fn stale_socket_is_removed_and_nothing_else() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("port");
+    assert!(!remove_stale(&path, None).unwrap());
+    let listener = UnixListener::bind(&path).unwrap();
+    assert!(matches!(remove_stale(&path, None), Err(EndpointError::InUse(_))));
+    drop(listener);
+    assert!(remove_stale(&path, Some(dir.path())).unwrap());
+    std::fs::write(&path, "precious").unwrap();
+    assert!(matches!(remove_stale(&path, None), Err(EndpointError::Foreign { .. })));
+    assert_eq!(entries(dir.path()), ["port"]);
 }
 
 #[test]
