@@ -51,6 +51,11 @@ impl Daemon {
         Ok(daemon)
     }
 
+    /// The file with its configuration, which it reads when it starts.
+    pub fn configuration(&self) -> PathBuf {
+        self.dir.path().join(CONFIGURATION)
+    }
+
     /// Kills it with SIGKILL, starts it again on the same state, and waits until it answers. Gives the time from the kill
     /// to the answer.
     pub fn kill_and_restart(&mut self) -> Result<Duration> {

@@ -14,6 +14,7 @@ pub mod inproc;
 pub mod kill;
 pub mod netns;
 pub mod oracle;
+pub mod osvif;
 pub mod ovn;
 pub mod ovs;
 pub mod peer;

@@ -4,8 +4,12 @@
 //! Bridges need `datapath_type=netdev`, the datapath in user space: no kernel module is asked for. Frames between ports
 //! that are not DPDK's are moved by the switch's main thread. In a guest ([`MARK`]) the kernel has the module, and forwards.
 
+mod host;
+mod rows;
+
 use std::env;
 use std::ffi::OsStr;
+use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -14,7 +18,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 
-use crate::daemon::Daemon;
+pub use self::host::{Host, said};
+pub use self::rows::{Rows, of_os_vif};
 use crate::deadline::wait_for_some;
 use crate::netns::Netns;
 use crate::process::Process;
@@ -48,24 +53,6 @@ pub struct Ovs {
     host: Arc<Netns>,
     /// Holds the database and every socket.
     dir: TempDir,
-}
-
-/// A host with the switch and the daemon.
-pub fn host() -> Result<(Daemon, Ovs)> {
-    host_with(Dpdk::Off, "")
-}
-
-/// The same, with more lines in the daemon's section `[ovs]`.
-pub fn host_with(dpdk: Dpdk, more: &str) -> Result<(Daemon, Ovs)> {
-    let netns = Arc::new(Netns::new()?);
-    let ovs = Ovs::start(&netns, dpdk)?;
-    let configuration = format!(
-        "[ovs]\ndatabase = \"unix:{}\"\ndatapath_type = \"{}\"\nsocket_dir = {:?}\n{more}\n",
-        ovs.socket().display(),
-        datapath_type(),
-        ovs.shared()
-    );
-    Ok((Daemon::start_on(netns, &configuration)?, ovs))
 }
 
 /// What bridges are.
@@ -126,7 +113,7 @@ impl Ovs {
         for (table, columns) in [
             ("Bridge", "name,datapath_type,external_ids"),
             ("Port", "name,tag,vlan_mode,trunks"),
-            ("Interface", "name,type,mtu_request,external_ids"),
+            ("Interface", "name,type,options,mtu_request,external_ids"),
             ("QoS", "type"),
         ] {
             let rows = self.vsctl(&format!("--no-wait --format=csv --columns={columns} list {table}"))?;
@@ -134,6 +121,16 @@ impl Ovs {
         }
         lines.sort_unstable();
         Ok(lines.join("\n"))
+    }
+
+    /// All links, all rows with what decides how frames go, and all sockets that are shared with the switch.
+    pub fn state(&self) -> Result<String> {
+        // The switch keeps ovs-netdev for itself, from its first bridge in user space on.
+        let links = self.host().run("ip -oneline link | cut -d: -f2 | cut -d@ -f1 | grep -v ovs-netdev")?;
+        let shared = fs::read_dir(self.shared()).into_iter().flatten();
+        let sockets = shared.map(|entry| Ok(entry?.file_name().display().to_string()));
+        let sockets = sockets.collect::<Result<Vec<_>>>()?.join("\n");
+        Ok(format!("{}\n{}\n{}", sorted(&links), self.rows()?, sorted(&sockets)))
     }
 
     /// A program in the namespace that finds this Open vSwitch: `ovs-ofctl`, `ovs-appctl`, `ovn-controller` …
@@ -182,7 +179,7 @@ impl Ovs {
 
     /// Kills the database, and takes its socket away as a clean end would.
     pub fn kill_database(&mut self) -> Result<()> {
-        let _ = std::fs::remove_file(self.socket());
+        let _ = fs::remove_file(self.socket());
         self.database.take().map_or(Ok(()), |mut database| database.kill().map(drop))
     }
 
@@ -199,6 +196,12 @@ impl Ovs {
     fn file(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
+}
+
+fn sorted(text: &str) -> String {
+    let mut lines: Vec<_> = text.lines().collect();
+    lines.sort_unstable();
+    lines.join("\n")
 }
 
 /// Runs a command that has to succeed and gives what it prints.

@@ -10,7 +10,7 @@ use e2e::deadline::wait_for_some;
 use e2e::exchange::exchange;
 use e2e::kill::killed_in_the_middle;
 use e2e::netns::Netns;
-use e2e::ovs::Ovs;
+use e2e::ovs::{Host, Ovs};
 use e2e::peer::{Peer, PeerConfig};
 use serde_json::{Value, json};
 
@@ -111,7 +111,7 @@ fn hybrid_vif(daemon: &Daemon, id: &str) -> Value {
 
 #[test]
 fn a_hybrid_guest_reaches_open_vswitch_through_its_linux_bridge() -> Result<()> {
-    let (mut daemon, ovs) = e2e::ovs::host()?;
+    let Host { mut daemon, ovs } = Host::start()?;
     let before = ovs_state(&ovs)?;
     let [one, two] = ["one", "two"].map(|id| hybrid_vif(&daemon, id));
     plug(&daemon, &one)?;
@@ -153,7 +153,7 @@ fn a_hybrid_guest_reaches_open_vswitch_through_its_linux_bridge() -> Result<()> 
 
 #[test]
 fn the_bridge_of_a_vmms_tap_is_made_with_its_way_into_open_vswitch() -> Result<()> {
-    let (daemon, ovs) = e2e::ovs::host()?;
+    let Host { daemon, ovs } = Host::start()?;
     let before = ovs_state(&ovs)?;
     let profile = envelope("VIFPortProfileOpenVSwitch", "1.4", &json!({"interface_id": "lsp1"}));
     let card = bridge_vif("vm1", "qbrvm1", &integration(), Some(profile));
@@ -260,7 +260,7 @@ fn a_vlan_of_the_uplink_is_made_or_said_to_be_impossible() -> Result<()> {
 
 #[test]
 fn what_is_somebody_elses_is_refused_and_nothing_is_left() -> Result<()> {
-    let (daemon, ovs) = e2e::ovs::host()?;
+    let Host { daemon, ovs } = Host::start()?;
     let host = ovs.host();
     host.run(
         "ip link add name adm type bridge ageing_time 500; ip tuntap add tapa mode tap
@@ -299,7 +299,7 @@ fn what_is_somebody_elses_is_refused_and_nothing_is_left() -> Result<()> {
 
 #[test]
 fn one_id_is_one_spec() -> Result<()> {
-    let (daemon, _ovs) = e2e::ovs::host()?;
+    let Host { daemon, ovs: _ovs } = Host::start()?;
     let vif = hybrid_vif(&daemon, "vm1");
     plug(&daemon, &vif)?;
     for (at, value, field) in [
@@ -336,7 +336,7 @@ fn spec_of(daemon: &Daemon, asked: &Value) -> Result<Value> {
 
 #[test]
 fn a_daemon_killed_in_the_middle_of_a_hybrid_plug_leaves_neither_gaps_nor_leftovers() -> Result<()> {
-    let (mut daemon, ovs) = e2e::ovs::host()?;
+    let Host { mut daemon, ovs } = Host::start()?;
     let spec = spec_of(&daemon, &hybrid_vif(&daemon, "vm1"))?;
     killed_in_the_middle(&mut daemon, &spec, || ovs_state(&ovs))
 }

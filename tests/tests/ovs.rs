@@ -3,15 +3,14 @@
 #![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
 
 use std::fs;
-use std::process::Output;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
-use e2e::daemon::Daemon;
+use anyhow::{Context, Result};
 use e2e::deadline::wait_for_some;
 use e2e::exchange::exchange;
 use e2e::kill::killed_in_the_middle;
-use e2e::ovs::{Ovs, datapath_type};
+use e2e::osvif::envelope;
+use e2e::ovs::{Host, datapath_type, said};
 use e2e::peer::{Peer, PeerConfig};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -23,99 +22,6 @@ const MAC: &str = "52:54:00:00:00:01";
 /// Exit codes of the command line.
 const CONFLICT: i32 = 4;
 const PRECONDITION: i32 = 7;
-
-/// A host with Open vSwitch and the daemon.
-struct Host {
-    daemon: Daemon,
-    ovs: Ovs,
-}
-
-impl Host {
-    fn start() -> Result<Self> {
-        let (daemon, ovs) = e2e::ovs::host()?;
-        Ok(Self { daemon, ovs })
-    }
-
-    fn state(&self) -> Result<String> {
-        state(&self.ovs)
-    }
-
-    /// A plug joined with a TAP in a bridge.
-    fn plug(&self, name: &str, bridge: &str, more: &[&str]) -> Result<String> {
-        let (socket, to) = (self.socket(name), format!("ovs:{bridge}"));
-        self.daemon.run(&[&["plug", name, "--listen", &socket, "--to", &to], more].concat())
-    }
-
-    fn refused(&self, name: &str, bridge: &str, code: i32) -> Result<String> {
-        let (socket, to) = (self.socket(name), format!("ovs:{bridge}"));
-        said(&self.daemon.command(&["plug", name, "--listen", &socket, "--to", &to])?, code)
-    }
-
-    fn plug_document(&self, id: &str, spec: &Value) -> Result<Output> {
-        let path = self.daemon.socket(&format!("{id}.json"));
-        fs::write(&path, json!({"id": id, "spec": spec}).to_string())?;
-        self.daemon.command(&["plug", "-f", path.to_str().context("a path")?])
-    }
-
-    fn socket(&self, name: &str) -> String {
-        self.daemon.socket(name).display().to_string()
-    }
-
-    /// Waits until the plug is in this phase, and its conditions contain this text.
-    fn wait_for(&self, plug: &str, phase: &str, text: &str) -> Result<()> {
-        let look = || self.daemon.json(&["show", plug]);
-        wait_for_some(&format!("{plug} to be {phase}: {text}"), SOON, || {
-            let status = look()?["status"].take();
-            let conditions = status["conditions"].to_string();
-            Ok((status["phase"] == phase && conditions.contains(text)).then_some(()))
-        })
-        .with_context(|| look().unwrap_or_default().to_string())
-    }
-
-    fn wait_for_state(&self, state: &str) -> Result<()> {
-        wait_for_some("the host to be as before", SOON, || Ok((self.state()? == state).then_some(())))
-            .with_context(|| format!("{}\nwanted:\n{state}", self.state().unwrap_or_default()))
-    }
-
-    fn guest(&self, plug: &str) -> Result<Peer> {
-        self.wait_for(plug, "attached", "waiting for a front end")?;
-        let mut guest = Peer::connect(self.daemon.socket(plug), PeerConfig::default())?;
-        guest.offer_all();
-        self.daemon.wait_for_forwarding(&[plug])?;
-        Ok(guest)
-    }
-
-    /// Times that Open vSwitch was told of a change.
-    fn generation(&self) -> Result<String> {
-        self.ovs.vsctl("--no-wait get Open_vSwitch . next_cfg")
-    }
-
-    fn events(&self, kind: &str) -> Result<usize> {
-        let info = self.daemon.json(&["api", "GET", "/v1/info"])?;
-        let answer = self.daemon.http("GET", &format!("/v1/events?since={}-0", info["epoch"]), "")?;
-        Ok(answer.matches(&format!("\"kind\":\"{kind}\"")).count())
-    }
-}
-
-/// All links, and all rows with what decides how frames go.
-fn state(ovs: &Ovs) -> Result<String> {
-    // The switch keeps ovs-netdev for itself, from its first bridge in user space on.
-    let links = ovs.host().run("ip -oneline link | cut -d: -f2 | cut -d@ -f1 | grep -v ovs-netdev")?;
-    Ok(format!("{}\n{}", sorted(&links), ovs.rows()?))
-}
-
-fn sorted(text: &str) -> String {
-    let mut lines: Vec<_> = text.lines().collect();
-    lines.sort_unstable();
-    lines.join("\n")
-}
-
-/// What a command that failed so said.
-fn said(output: &Output, code: i32) -> Result<String> {
-    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(output.status.code() == Some(code), "{:?}, not {code}: {errors}", output.status);
-    Ok(errors)
-}
 
 #[test]
 fn a_plug_is_one_port_however_often_it_is_asked_for_and_its_unplug_leaves_nothing() -> Result<()> {
@@ -197,9 +103,9 @@ fn what_is_somebody_elses_is_refused_and_left_alone() -> Result<()> {
     host.ovs.vsctl("add-port br2 vhd-vm3")?;
     let before = host.state()?;
 
-    let error = host.refused("vm1", "lbr", CONFLICT)?;
+    let error = host.refused("vm1", "lbr", &[], CONFLICT)?;
     assert!(error.contains("lbr exists and is a bridge, not an Open vSwitch bridge"), "{error}");
-    let error = host.refused("vm3", "br1", CONFLICT)?;
+    let error = host.refused("vm3", "br1", &[], CONFLICT)?;
     assert!(error.contains("vhd-vm3 is in Open vSwitch bridge br2, not in br1"), "{error}");
     let socket = json!({"role": "listen", "path": host.socket("vm1")});
     let to = json!({"kind": "ovs", "bridge": "br1", "datapath_type": "system"});
@@ -234,7 +140,7 @@ fn without_open_vswitch_a_plug_fails_at_once_and_nothing_is_left() -> Result<()>
     let (before, socket) = (host.state()?, host.ovs.socket());
     host.ovs.kill_database()?;
     let start = Instant::now();
-    let error = host.refused("vm1", "br0", PRECONDITION)?;
+    let error = host.refused("vm1", "br0", &[], PRECONDITION)?;
     assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     assert!(error.contains("Open vSwitch") && error.contains(socket.to_str().context("a path")?), "{error}");
     assert_eq!(host.daemon.run(&["ls", "-o", "name"])?, "");
@@ -248,7 +154,7 @@ fn a_switch_that_does_not_take_up_the_port_is_no_success() -> Result<()> {
     let mut host = Host::start()?;
     let before = host.state()?;
     host.ovs.kill_switch()?;
-    let error = host.refused("vm1", "br0", PRECONDITION)?;
+    let error = host.refused("vm1", "br0", &[], PRECONDITION)?;
     assert!(error.contains("ovs-vswitchd has not taken up vhd-vm1"), "{error}");
     assert_eq!(host.daemon.run(&["ls", "-o", "name"])?, "");
     host.ovs.start_switch()?;
@@ -405,7 +311,7 @@ fn a_daemon_killed_in_the_middle_of_a_plug_or_unplug_leaves_neither_gaps_nor_lef
     let spec = json!({"socket": {"role": "listen", "path": host.socket("vm1")},
                       "to": {"kind": "ovs", "bridge": "br0", "iface_id": "lsp1"}});
     let Host { daemon, ovs } = &mut host;
-    killed_in_the_middle(daemon, &spec, || state(ovs))
+    killed_in_the_middle(daemon, &spec, || ovs.state())
 }
 
 #[test]
@@ -425,9 +331,4 @@ fn many_plugs_at_once_share_a_bridge_that_goes_with_the_last() -> Result<()> {
     all(&|name| host.daemon.run(&["unplug", name]).map(drop))?;
     assert_eq!(host.state()?, before);
     Ok(())
-}
-
-fn envelope(class: &str, version: &str, data: &Value) -> Value {
-    json!({"versioned_object.name": class, "versioned_object.namespace": "os_vif",
-           "versioned_object.version": version, "versioned_object.data": data})
 }

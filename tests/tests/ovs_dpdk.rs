@@ -6,88 +6,31 @@
 //! ```
 #![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
 
-use std::fs;
-use std::time::Duration;
-
-use anyhow::{Context, Result, ensure};
-use e2e::daemon::Daemon;
-use e2e::deadline::wait_for_some;
+use anyhow::{Result, ensure};
 use e2e::exchange::{GUESTS, exchange, exchange_as};
-use e2e::ovs::{Dpdk, Ovs};
-use e2e::peer::{Peer, PeerConfig};
+use e2e::kill::killed_in_the_middle;
+use e2e::osvif::in_open_vswitch;
+use e2e::ovs::{Dpdk, Host, of_os_vif};
+use serde_json::json;
 
-const SOON: Duration = Duration::from_secs(30);
 const MAC: &str = "52:54:00:00:00:01";
 /// Exit codes of the command line.
 const CONFLICT: i32 = 4;
 const PRECONDITION: i32 = 7;
 
-struct Host {
-    daemon: Daemon,
-    ovs: Ovs,
-}
-
-impl Host {
-    fn plug(&self, name: &str, more: &[&str]) -> Result<String> {
-        self.daemon.run(&self.arguments(name, "br0", more).iter().map(String::as_str).collect::<Vec<_>>())
-    }
-
-    fn refused(&self, name: &str, bridge: &str, more: &[&str], code: i32) -> Result<String> {
-        let arguments = self.arguments(name, bridge, more);
-        let output = self.daemon.command(&arguments.iter().map(String::as_str).collect::<Vec<_>>())?;
-        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-        ensure!(output.status.code() == Some(code), "{:?}, not {code}: {errors}", output.status);
-        Ok(errors)
-    }
-
-    fn arguments(&self, name: &str, bridge: &str, more: &[&str]) -> Vec<String> {
-        let socket = self.daemon.socket(name).display().to_string();
-        let to = format!("ovs:{bridge}");
-        let plug = ["plug", name, "--listen", &socket, "--to", &to];
-        plug.iter().chain(more).map(ToString::to_string).collect()
-    }
-
-    fn guest(&self, plug: &str) -> Result<Peer> {
-        let path = self.daemon.socket(plug);
-        let config = PeerConfig::default();
-        let mut guest = wait_for_some("the socket", SOON, || Ok(Peer::connect(&path, config).ok()))?;
-        guest.offer_all();
-        self.daemon.wait_for_forwarding(&[plug])?;
-        Ok(guest)
-    }
-
-    fn wait_for(&self, plug: &str, text: &str) -> Result<()> {
-        let look = || self.daemon.json(&["show", plug]);
-        wait_for_some(&format!("{plug}: {text}"), SOON, || {
-            Ok(look()?["status"]["conditions"].to_string().contains(text).then_some(()))
-        })
-        .with_context(|| look().unwrap_or_default().to_string())
-    }
-
-    /// Rows of the database, sockets that are shared with the switch, and links.
-    fn state(&self) -> Result<String> {
-        let rows = self
-            .ovs
-            .vsctl("--no-wait --format=csv --columns=name,type,options,external_ids list Interface")?;
-        let qos = self.ovs.vsctl("--no-wait --format=csv --columns=type list QoS")?;
-        let links = self.ovs.host().run("ip -oneline link | cut -d: -f2 | grep -v ovs-netdev")?;
-        let sockets = fs::read_dir(self.ovs.shared()).into_iter().flatten();
-        let mut lines: Vec<_> =
-            [rows, qos, links].iter().flat_map(|text| text.lines()).map(str::to_owned).collect();
-        lines.extend(sockets.map(|socket| socket.unwrap().path().display().to_string()));
-        lines.sort_unstable();
-        Ok(lines.join("\n"))
-    }
+fn frames_flow(host: &Host) -> Result<()> {
+    let (mut a, mut b, mut c) = (host.guest("a")?, host.guest("b")?, host.guest("c")?);
+    exchange(&mut a, &mut b)?;
+    exchange_as([[2, 0, 0, 0, 0, 0xc], GUESTS[1]], &mut c, &mut b)
 }
 
 // One test, because DPDK's ports are polled: only one such switch at a time.
 #[test]
 fn a_plug_is_a_guest_of_the_switch_through_every_restart_and_leaves_nothing() -> Result<()> {
-    let (daemon, ovs) = e2e::ovs::host_with(Dpdk::On, "")?;
-    let mut host = Host { daemon, ovs };
+    let mut host = Host::start_with(Dpdk::On, "")?;
     let before = host.state()?;
     let ids = ["--iface-id", "lsp1", "--mac", MAC, "--mtu", "1600"];
-    host.plug("a", &ids)?;
+    host.plug("a", "br0", &ids)?;
     let socket = host.ovs.shared().join("vhd-a");
     let spec = &host.daemon.json(&["show", "a"])?["spec"]["to"];
     ensure!(spec["attach"] == "vhost_user" && spec["socket"] == socket.display().to_string(), "{spec}");
@@ -99,37 +42,37 @@ fn a_plug_is_a_guest_of_the_switch_through_every_restart_and_leaves_nothing() ->
     assert_eq!(host.ovs.vsctl("get Bridge br0 datapath_type")?, "netdev");
 
     // The same again, also when it says what was decided; another way is another plug.
-    let generation = || host.ovs.vsctl("--no-wait get Open_vSwitch . next_cfg");
-    let plugged = generation()?;
-    host.plug("a", &ids)?;
-    host.plug("a", &[&ids[..], &["--attach", "vhost-user"]].concat())?;
+    let plugged = host.generation()?;
+    host.plug("a", "br0", &ids)?;
+    host.plug("a", "br0", &[&ids[..], &["--attach", "vhost-user"]].concat())?;
     let error = host.refused("a", "br0", &[&ids[..], &["--attach", "tap"]].concat(), CONFLICT)?;
     ensure!(error.contains("differs in to.attach"), "{error}");
     let error = host.refused("b", "br0", &["--iface-id", "lsp1"], CONFLICT)?;
     ensure!(error.contains("logical port lsp1 belongs to plug a"), "{error}");
-    assert_eq!(generation()?, plugged);
+    assert_eq!(host.generation()?, plugged);
 
-    host.plug("b", &["--mtu", "1600"])?;
-    host.plug("c", &["--mtu", "1600", "--attach", "tap"])?;
-    let exchanges = |host: &Host| -> Result<()> {
-        let (mut a, mut b, mut c) = (host.guest("a")?, host.guest("b")?, host.guest("c")?);
-        exchange(&mut a, &mut b)?;
-        exchange_as([[2, 0, 0, 0, 0, 0xc], GUESTS[1]], &mut c, &mut b)
-    };
-    exchanges(&host)?;
+    host.plug("b", "br0", &["--mtu", "1600"])?;
+    host.plug("c", "br0", &["--mtu", "1600", "--attach", "tap"])?;
+    frames_flow(&host)?;
+    let all = host.state()?;
 
     host.daemon.kill_and_restart()?;
-    exchanges(&host)?;
+    frames_flow(&host)?;
 
     host.ovs.kill_switch()?;
-    host.wait_for("a", &format!("waiting for a back end to connect to {}", socket.display()))?;
+    host.wait_for("a", "attached", &format!("waiting for a back end to connect to {}", socket.display()))?;
     // The daemon comes back without it, and knows how it was.
     host.ovs.kill_database()?;
     host.daemon.kill_and_restart()?;
-    host.wait_for("a", "cannot connect to Open vSwitch's database")?;
+    host.wait_for("a", "attached", "cannot connect to Open vSwitch's database")?;
     host.ovs.start_database()?;
     host.ovs.start_switch()?;
-    exchanges(&host)?;
+    frames_flow(&host)?;
+
+    // What somebody else takes away comes back.
+    host.ovs.vsctl("del-port vhd-a")?;
+    host.wait_for_state(&all)?;
+    frames_flow(&host)?;
 
     // A bridge that forwards in the kernel has no such ports.
     host.ovs.vsctl("--no-wait add-br br9")?;
@@ -141,5 +84,33 @@ fn a_plug_is_a_guest_of_the_switch_through_every_restart_and_leaves_nothing() ->
         host.daemon.run(&["unplug", plug])?;
     }
     assert_eq!(host.state()?, before);
+    rows_are_those_of_os_vif(&mut host)?;
+    assert_eq!(host.state()?, before);
+    let socket = json!({"role": "listen", "path": host.socket("vm1")});
+    let to = json!({"kind": "ovs", "bridge": "br0", "iface_id": "lsp1", "attach": "vhost_user"});
+    let Host { daemon, ovs } = &mut host;
+    killed_in_the_middle(daemon, &json!({"socket": socket, "to": to}), || ovs.state())
+}
+
+/// But for the one in table QoS, which is of no use to such a port: os-vif makes it where the profile does not say what
+/// forwards, and leaves it when the port goes.
+fn rows_are_those_of_os_vif(host: &mut Host) -> Result<()> {
+    let socket = json!({"path": host.socket("vif"), "mode": "client"});
+    let plain = json!({});
+    for (case, isolate, profile) in [
+        ("vhostuser_server", false, &json!({"datapath_type": "netdev"})),
+        ("vhostuser_server_isolated", true, &plain),
+    ] {
+        host.restart_with(&format!("isolate = {isolate}"))?;
+        let vif = in_open_vswitch("VIFVHostUser", "br-int", &socket, profile);
+        host.plug_vif(&vif)?;
+        let mut wanted = of_os_vif(case)?;
+        wanted.insert("QoS".into(), Vec::new());
+        for port in wanted.get_mut("Port").into_iter().flatten() {
+            port.insert("qos".into(), json!(false));
+        }
+        assert_eq!(host.ovs.comparable_rows()?, wanted, "{case}");
+        host.unplug_vif(&vif)?;
+    }
     Ok(())
 }

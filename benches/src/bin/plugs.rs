@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use e2e::daemon::Daemon;
-use e2e::ovs::Ovs;
+use e2e::ovs;
 
 /// Plugs one after the other.
 const SAMPLES: usize = 100;
@@ -21,12 +21,12 @@ const CALLERS: usize = 8;
 struct Host {
     daemon: Daemon,
     // Outlives the daemon.
-    _ovs: Ovs,
+    _ovs: ovs::Ovs,
 }
 
 impl Host {
     fn start() -> Result<Self> {
-        let (daemon, ovs) = e2e::ovs::host()?;
+        let ovs::Host { daemon, ovs } = ovs::Host::start()?;
         Ok(Self { daemon, _ovs: ovs })
     }
 
