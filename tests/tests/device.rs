@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
 
 use std::fs;
+use std::path::Path;
 use std::process::Output;
 use std::sync::Arc;
 use std::time::Duration;
@@ -299,5 +300,64 @@ fn guests_behind_sockets_reach_open_vswitch_through_their_virtual_functions() ->
     host.daemon.host().run("ip link set v1 down; ip link set v2 down")?;
     assert_eq!(host.state()?, before);
     assert_eq!(ovs.vsctl("list-br")?, "");
+    Ok(())
+}
+
+/// Not a PCI device, but for the rest what a card with an embedded switch is: its virtual functions are told by a tree of ours, its
+/// interfaces and what they say of themselves are the kernel's.
+#[test]
+fn a_netdevsim_holds_its_virtual_function_and_its_representor_is_named() -> Result<()> {
+    if !Path::new("/sys/bus/netdevsim").exists() {
+        eprintln!(
+            "SKIPPED: this kernel has no netdevsim; it is in the test guest (tests/setup.sh netdevsim)"
+        );
+        return Ok(());
+    }
+    let netns = Arc::new(Netns::new()?);
+    let ovs = Ovs::start(&netns, Dpdk::Off)?;
+    netns.run(
+        "echo '10 1' >/sys/bus/netdevsim/new_device; echo 2 >/sys/bus/netdevsim/devices/netdevsim10/sriov_numvfs",
+    )?;
+    let physical = netns.run("ls /sys/bus/netdevsim/devices/netdevsim10/net")?.trim().to_owned();
+    netns.run(&format!(
+        "devlink dev eswitch set netdevsim/netdevsim10 mode switchdev; ip link set {physical} up; \
+         ip link set {physical} vf 0 mac 52:54:00:00:00:f0 vlan 5 qos 3"
+    ))?;
+    let sysfs = Sysfs::new()?;
+    let card = sysfs.device(PF)?;
+    fs::create_dir_all(sysfs.path(&format!("{card}/net/{physical}")))?;
+    sysfs.virtual_function(0, VFS[0])?;
+    fs::remove_dir(sysfs.path("class/net"))?;
+    sysfs.link("class/net", "/sys/class/net")?;
+    let configuration = format!(
+        "[devices]\nsysfs = {:?}\n[ovs]\ndatabase = \"unix:{}\"\n",
+        sysfs.path(""),
+        ovs.socket().display()
+    );
+    let mut host = Host { daemon: Daemon::start_on(netns, &configuration)?, sysfs };
+    // Being up once gives an interface its queueing discipline.
+    let shown = "ip -oneline link show | grep -v ovs-system | sed 's/ qdisc [a-z]*//'";
+    let links = |host: &Host| host.daemon.host().run(shown);
+    let before = links(&host)?;
+    assert!(before.contains("vlan 5, qos 3"), "{before}");
+
+    let port = json!({"bridge": "br0", "tap": "tap1", "iface_id": "lsp1"});
+    let to = json!({"kind": "device", "address": VFS[0], "dev_type": "ethernet", "vlan": 7, "port": port});
+    let document = json!({"id": "vm1", "spec": {"mac": "52:54:00:00:00:01", "mtu": 1450, "to": to}});
+    for _ in 0..2 {
+        host.plugged(&document)?;
+        host.daemon.wait_for_forwarding(&["vm1"])?;
+        let now = links(&host)?;
+        assert!(now.contains("52:54:00:00:00:01") && now.contains("vlan 7"), "{now}");
+        assert_eq!(host.daemon.host().run("cat /sys/class/net/tap1/phys_port_name")?.trim(), "pf0vf0");
+        assert_eq!(ovs.vsctl("list-ports br0")?, "tap1");
+        host.daemon.kill_and_restart()?;
+    }
+    let found = host.daemon.json(&["show", "vm1"])?["spec"]["to"]["found"].take();
+    assert_eq!(found["function"]["vlan"], 5);
+    host.daemon.run(&["unplug", "vm1"])?;
+    assert_eq!(links(&host)?, before);
+    assert_eq!(ovs.vsctl("list-br")?, "");
+    host.daemon.host().run("echo 10 >/sys/bus/netdevsim/del_device")?;
     Ok(())
 }
