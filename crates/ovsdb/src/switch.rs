@@ -2,6 +2,7 @@
 //!
 //! The tables and columns are those of ovs-vswitchd.conf.db(5).
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -15,6 +16,8 @@ use crate::{Client, Error};
 const APPLY_LIMIT: Duration = Duration::from_secs(6);
 /// For it to let go of one. Should it take longer, the next port of that name waits for it.
 const RELEASE_LIMIT: Duration = Duration::from_secs(2);
+/// The same while it was late the last time: whoever removes many ports of a switch that does not run waits once.
+const RELEASE_LIMIT_LATE: Duration = Duration::from_millis(50);
 /// Attempts of a change that others get in the way of.
 const ATTEMPTS: u32 = 5;
 
@@ -22,6 +25,8 @@ const ATTEMPTS: u32 = 5;
 #[derive(Debug)]
 pub struct Switch {
     client: Client,
+    /// The switch did not take up the last configuration that was waited for in time.
+    is_late: AtomicBool,
 }
 
 /// The type of ports by which the switch is the back end of a vhost-user socket that it connects to.
@@ -38,7 +43,7 @@ enum Commit {
 impl Switch {
     /// Through this client.
     pub fn new(client: Client) -> Self {
-        Self { client }
+        Self { client, is_late: AtomicBool::new(false) }
     }
 
     /// Where its database is.
@@ -311,18 +316,21 @@ impl Switch {
         let timeout = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
         let wait = json!({"op": "wait", "table": "Open_vSwitch", "where": [["cur_cfg", ">=", generation]],
                           "until": "!=", "columns": ["_uuid"], "rows": [], "timeout": timeout});
-        match self.client.transact(vec![wait], limit).await {
+        let applied = match self.client.transact(vec![wait], limit).await {
             Ok(_) => Ok(()),
             Err(Error::Refused { error, .. }) if error == "timed out" => {
                 Err(Error::Unapplied { port: port.into(), limit })
             }
             Err(error) => Err(error),
-        }
+        };
+        self.is_late.store(matches!(applied, Err(Error::Unapplied { .. })), Ordering::Relaxed);
+        applied
     }
 
     /// The same for something that was removed: a switch that does not run has let go of everything.
     async fn wait_until_released(&self, name: &str, generation: i64) -> Result<(), Error> {
-        match self.wait_until_applied(name, generation, RELEASE_LIMIT).await {
+        let limit = if self.is_late.load(Ordering::Relaxed) { RELEASE_LIMIT_LATE } else { RELEASE_LIMIT };
+        match self.wait_until_applied(name, generation, limit).await {
             Err(Error::Unapplied { .. }) => Ok(()),
             applied => applied,
         }
