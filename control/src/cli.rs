@@ -11,7 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::names::{ExternalId, IpPrefix, Mac, Name, SocketPath};
 use crate::problem::Problem;
 use crate::spec::{
-    AntiSpoof, Attach, Bridge, MTU_RANGE, Macvtap, Ovs, PlugSpec, QUEUES_RANGE, Role, Socket, Tap, To,
+    AntiSpoof, Attach, Bridge, Device, MTU_RANGE, Macvtap, Ovs, PlugSpec, QUEUES_RANGE, Role, Socket, Tap, To,
 };
 use crate::status::Phase;
 
@@ -182,7 +182,7 @@ pub struct PlugArgs {
     /// Network to join [default: default]
     #[arg(long, value_name = "NET", conflicts_with = "file")]
     pub network: Option<Name>,
-    /// The host's side: tap:DEV, bridge:BR, ovs:BR or macvtap:DEV[:bridge|vepa|passthrough]
+    /// The host's side: tap:DEV, bridge:BR, ovs:BR, macvtap:DEV[:bridge|vepa|passthrough] or device:PCI
     #[arg(long, value_name = "KIND:NAME", conflicts_with = "file")]
     pub to: Option<ToArg>,
     /// With ovs:BR, the logical port in OVN or Neutron that it is
@@ -296,7 +296,7 @@ fn within(range: &RangeInclusive<u16>) -> RangedI64ValueParser<u16> {
     clap::value_parser!(u16).range(i64::from(*range.start())..=i64::from(*range.end()))
 }
 
-/// `tap:DEV`, `bridge:BR`, `ovs:BR`, `macvtap:DEV[:MODE]`.
+/// `tap:DEV`, `bridge:BR`, `ovs:BR`, `macvtap:DEV[:MODE]`, `device:PCI`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ToArg(To);
 
@@ -315,7 +315,10 @@ impl FromStr for ToArg {
                 let mode = mode.map(str::parse).transpose()?.unwrap_or_default();
                 Ok(Self(To::Macvtap(Macvtap { mode, ..Macvtap::new(name(device)?) })))
             }
-            _ => Err("it must be tap:DEV, bridge:BR, ovs:BR or macvtap:DEV[:MODE]".into()),
+            Some(("device", address)) => {
+                Ok(Self(To::Device(Device::new(address.parse().map_err(|e| format!("{e}"))?))))
+            }
+            _ => Err("it must be tap:DEV, bridge:BR, ovs:BR, macvtap:DEV[:MODE] or device:PCI".into()),
         }
     }
 }
@@ -413,6 +416,8 @@ mod tests {
             other => panic!("{other:?}"),
         };
         assert_eq!((mode("macvtap:eth0"), mode("macvtap:eth0:passthrough")), ("bridge", "passthrough"));
+        assert!(matches!(to("device:0000:03:00.1").unwrap().0, To::Device(_)));
+        assert!(to("device:eth0").is_err());
         assert!(to("macvtap:eth0:private").unwrap_err().contains("passthrough"));
         for bad in ["", "tap", "tap:", "bridge:a/b", "vlan:eth0", "tap:0123456789abcdef"] {
             assert!(to(bad).is_err(), "{bad}");

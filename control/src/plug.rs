@@ -313,9 +313,12 @@ impl Plugs {
             self.undo(id, &old).await?;
             self.unplugged(id);
         }
+        let held = self.steps.hold_devices(&spec).await;
         let spec = self.resolved(id, spec).await?;
+        let admission = self.table.admit(id, &spec)?;
+        drop(held);
         let step = |cause| PlugError::Step { id: id.clone(), cause };
-        match self.table.admit(id, &spec)? {
+        match admission {
             Admission::Present => return Ok(Outcome::Unchanged),
             Admission::Unfinished => {
                 let attached = self.attach(id, &spec).await;
@@ -427,6 +430,7 @@ impl Plugs {
     }
 
     async fn detach_and_forget(&self, id: &Name, spec: &PlugSpec) -> Result<(), Fault> {
+        let _held = self.steps.hold_devices(spec).await;
         self.steps.detach(id, spec, self.table.detached(id), &self.table.others(id)).await?;
         self.store.delete(id).await?;
         self.table.remove(id);

@@ -30,11 +30,16 @@ const PORT_CHARS: usize = 14;
 pub(super) struct Devices {
     pci: Pci,
     config: DevicesConfig,
+    changing: tokio::sync::Mutex<()>,
 }
 
 impl Devices {
     pub(super) fn new(config: DevicesConfig) -> Self {
-        Self { pci: Pci::new(&config.sysfs), config }
+        Self { pci: Pci::new(&config.sysfs), config, changing: tokio::sync::Mutex::default() }
+    }
+
+    pub(super) async fn hold(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.changing.lock().await
     }
 
     /// Decides what a new plug leaves to us, and looks at how the device is. Fails if the guest cannot have it.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use dataplane::{Dataplane, Link, PortId, PortSpec};
 use hostnet::HostNet;
-use tokio::sync::watch;
+use tokio::sync::{MutexGuard, watch};
 use vhost_user::{Access, Endpoint};
 
 use super::bridge::LinuxBridges;
@@ -243,6 +243,15 @@ impl Steps {
             self.rules.dir_of(socket)?;
         }
         plan(&self.host, &self.ovs, id, spec).await
+    }
+
+    /// Keeps devices as they are, from a look at how one is until the plug has its place, and while one is given back: what a
+    /// plug finds is never what another has made of it. Nothing to keep for a plug without one.
+    pub(super) async fn hold_devices(&self, spec: &PlugSpec) -> Option<MutexGuard<'_, ()>> {
+        match spec.device() {
+            Some(_) => Some(self.devices.hold().await),
+            None => None,
+        }
     }
 
     /// Takes every step but those of [`join`](Self::join). A failure takes back the ports; the host's part stays, because
