@@ -24,7 +24,7 @@ modules=(
     virtio_pci virtio_console virtio_net 9p 9pnet_virtio overlay
     8021q bonding bridge dummy ifb macvlan macvtap openvswitch team tun veth vhost_net vxlan geneve
     act_mirred cls_matchall cls_flower sch_fq sch_ingress sch_netem pktgen tcp_bbr
-    igb igbvf vfio-pci psample
+    igb igbvf vfio-pci uio_pci_generic psample
     crc32c_generic
 )
 

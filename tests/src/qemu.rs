@@ -72,6 +72,9 @@ impl Nic {
 /// A directory for the guest. What is mounted in it has inode numbers of its own, so they are mapped.
 const HOST_DIR: &str = "local,mount_tag=host,security_model=none,readonly=on,multidevs=remap,path=";
 
+/// Address of a guest's spare network card.
+pub const SPARE_MAC: &str = "52:54:00:0f:0f:01";
+
 /// What a guest is made of.
 #[derive(Clone, Debug)]
 pub struct GuestConfig {
@@ -83,6 +86,8 @@ pub struct GuestConfig {
     pub memory_mib: u32,
     /// CPUs.
     pub cpus: u16,
+    /// A network card without a cable, and an IOMMU: for tests that give devices away. Its address is [`SPARE_MAC`].
+    pub spare_nic: bool,
     /// A directory of this machine that the guest sees, read-only, as /host.
     pub host_dir: Option<PathBuf>,
     /// Be the destination of a migration from a guest of the same shape, which comes over this socket.
@@ -92,7 +97,8 @@ pub struct GuestConfig {
 impl GuestConfig {
     /// One CPU, 256 MiB.
     pub fn new(name: &str, nics: Vec<Nic>) -> Self {
-        Self { name: name.into(), nics, memory_mib: 256, cpus: 1, host_dir: None, incoming: None }
+        let name = name.into();
+        Self { name, nics, memory_mib: 256, cpus: 1, spare_nic: false, host_dir: None, incoming: None }
     }
 }
 
@@ -128,7 +134,7 @@ impl Guest {
                 "-object",
                 &format!("memory-backend-memfd,id=memory,size={}M,share=on", config.memory_mib),
             ])
-            .args(["-append", "console=ttyS0 quiet rdinit=/init mitigations=off"])
+            .args(["-append", "console=ttyS0 quiet rdinit=/init mitigations=off intel_iommu=on"])
             .arg("-kernel")
             .arg(image.join("vmlinux"))
             .arg("-initrd")
@@ -141,6 +147,11 @@ impl Guest {
             .args(["-mon", "chardev=qmp,mode=control"]);
         for (index, nic) in config.nics.iter().enumerate() {
             nic.add_to(&mut qemu, index, version);
+        }
+        if config.spare_nic {
+            // Interrupts by pins are left to the device: remapping those is KVM's to split.
+            qemu.args(["-device", "intel-iommu,intremap=off"]);
+            qemu.args(["-device", &format!("virtio-net-pci,vectors=0,romfile=,mac={SPARE_MAC}")]);
         }
         if let Some(dir) = &config.host_dir {
             qemu.arg("-virtfs").arg(option(HOST_DIR, dir));

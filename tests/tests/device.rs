@@ -6,9 +6,10 @@
 //! ```
 #![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
 
+use std::env;
 use std::fs;
 use std::path::Path;
-use std::process::Output;
+use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use e2e::exchange::{self, GUESTS};
 use e2e::netns::Netns;
 use e2e::ovs::{Dpdk, Ovs, datapath_type};
 use e2e::peer::{Peer, PeerConfig};
+use e2e::qemu::{MARK, SPARE_MAC};
 use e2e::sysfs::{PF, Sysfs};
 use serde_json::{Value, json};
 
@@ -360,4 +362,57 @@ fn a_netdevsim_holds_its_virtual_function_and_its_representor_is_named() -> Resu
     assert_eq!(ovs.vsctl("list-br")?, "");
     host.daemon.host().run("echo 10 >/sys/bus/netdevsim/del_device")?;
     Ok(())
+}
+
+/// The card that the test guest has for this: drivers of a real kernel take it and let go of it.
+#[test]
+fn a_device_of_the_test_guest_changes_its_driver() -> Result<()> {
+    if env::var_os(MARK).is_none() {
+        eprintln!("SKIPPED: no device of this machine is ours to give away; the test guest has one");
+        return Ok(());
+    }
+    let netns = Arc::new(Netns::new()?);
+    // It came up with the guest; its interface is where the daemon looks from now on.
+    let look = format!("ip -oneline link | grep {SPARE_MAC} | cut -d: -f2");
+    let interface = output("sh", &["-c", &look])?;
+    let device = fs::canonicalize(format!("/sys/class/net/{interface}/device"))?;
+    let address = device.parent().and_then(Path::file_name).unwrap().to_str().unwrap().to_owned();
+    output("ip", &["link", "set", &interface, "netns", &netns.pid().to_string()])?;
+    let driver = || fs::read_link(format!("/sys/bus/pci/devices/{address}/driver"));
+    let is_bound = |name: &str| driver().is_ok_and(|driver| driver.ends_with(name));
+    let mut daemon = Daemon::start_on(netns, "")?;
+    let plug = |daemon: &Daemon, document: &Value| -> Result<Output> {
+        let path = daemon.socket("document.json");
+        fs::write(&path, document.to_string())?;
+        daemon.command(&["plug", "-f", path.to_str().unwrap()])
+    };
+
+    let nested = envelope("VIFNestedDPDK", "1.0", json!({"id": ID, "address": SPARE_MAC}));
+    let plugged = plug(&daemon, &nested)?;
+    ensure!(plugged.status.success(), "{plugged:?}");
+    assert!(is_bound("uio_pci_generic"), "{:?}", driver());
+    assert_eq!(daemon.json(&["show", ID])?["spec"]["to"]["found"]["driver"], "virtio-pci");
+    daemon.run(&["unplug", ID])?;
+    assert!(is_bound("virtio-pci"), "{:?}", driver());
+
+    let generic = |driver: &str| json!({"id": "vm1", "spec": {"to": {"kind": "device", "address": address, "driver": driver}}});
+    let errors = said(&plug(&daemon, &generic("pcieport"))?, PRECONDITION)?;
+    assert!(errors.contains("did not take") && is_bound("virtio-pci"), "{errors}");
+    let plugged = plug(&daemon, &generic("vfio-pci"))?;
+    ensure!(plugged.status.success(), "{plugged:?}");
+    assert!(is_bound("vfio-pci"), "{:?}", driver());
+    let group = daemon.json(&["show", "vm1"])?["spec"]["to"]["found"]["iommu_group"].to_string();
+    assert!(Path::new(&format!("/dev/vfio/{group}")).exists(), "{group}");
+    daemon.kill_and_restart()?;
+    daemon.run(&["unplug", "vm1"])?;
+    assert!(is_bound("virtio-pci"), "{:?}", driver());
+    let only = fs::read_to_string(format!("/sys/bus/pci/devices/{address}/driver_override"))?;
+    assert_eq!(only.trim(), "(null)");
+    Ok(())
+}
+
+fn output(program: &str, arguments: &[&str]) -> Result<String> {
+    let output = Command::new(program).args(arguments).output()?;
+    ensure!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
