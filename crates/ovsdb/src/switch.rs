@@ -56,7 +56,7 @@ impl Switch {
     /// # Errors
     /// Those of a connection.
     pub async fn has_bridge(&self, bridge: &str) -> Result<bool, Error> {
-        Ok(self.look("", bridge).await?.bridge.is_some())
+        Ok(self.datapath_type(bridge).await?.is_some())
     }
 
     /// What forwards for the bridge, as `system` or `netdev`; `None` if there is no such bridge.
@@ -64,17 +64,24 @@ impl Switch {
     /// # Errors
     /// Those of a connection.
     pub async fn datapath_type(&self, bridge: &str) -> Result<Option<String>, Error> {
-        Ok(self.look("", bridge).await?.datapath_type().map(Into::into))
+        let select = select("Bridge", &json!(["name", "==", bridge]), &["datapath_type"]);
+        let answers = self.client.transact(vec![select], Duration::ZERO).await?;
+        let bridge = answers.first().and_then(|answer| rows(answer).into_iter().next());
+        Ok(Found { bridge, ..Found::default() }.datapath_type().map(Into::into))
     }
 
     /// Whether the switch has DPDK running, and with it ports of type `dpdkvhostuserclient`.
     ///
     /// # Errors
-    /// Those of a connection; [`Error::Refused`] before Open vSwitch 2.10, which does not tell.
+    /// Those of a connection.
     pub async fn has_vhost_user(&self) -> Result<bool, Error> {
         let columns = json!(["dpdk_initialized", "iface_types"]);
         let select = json!({"op": "select", "table": "Open_vSwitch", "where": [], "columns": columns});
-        let answers = self.client.transact(vec![select], Duration::ZERO).await?;
+        let answers = match self.client.transact(vec![select], Duration::ZERO).await {
+            // Before Open vSwitch 2.10 there are no such columns.
+            Err(Error::Refused { .. }) => return Ok(false),
+            answers => answers?,
+        };
         let root = answers.first().and_then(|answer| rows(answer).into_iter().next()).unwrap_or_default();
         Ok(value::flag(&root, "dpdk_initialized") == Some(true)
             && value::texts(&root, "iface_types").iter().any(|kind| kind == VHOST_USER))

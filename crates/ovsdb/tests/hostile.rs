@@ -62,7 +62,7 @@ async fn what_is_no_answer_is_an_error_that_says_what_it_is() {
         ("{\"id\":\"x\",\"result\":[],\"error\":null}", "nothing that was asked"),
         ("{\"id\":0,\"result\":{},\"error\":null}", "no array"),
         ("{\"id\":0,\"result\":[7],\"error\":null}", "no object"),
-        ("{\"id\":0,\"result\":[{\"rows\":[]}],\"error\":null}", "lacks an operation"),
+        ("{\"id\":0,\"result\":[],\"error\":null}", "lacks an operation"),
         ("{\"id\":0,\"method\":7}", "no string"),
     ] {
         let bytes = said.to_owned();
