@@ -6,7 +6,7 @@
 //!               FPBridge         joined with the TAP vif_name in the profile's bridge
 //!               FPOpenVSwitch    joined with the TAP vif_name in the network's bridge of Open vSwitch; if hybrid, in the
 //!                                profile's Linux bridge, from which a veth pair leads on into that of Open vSwitch
-//!               OpenVSwitch      the same
+//!               OpenVSwitch      the same; either by vhost-user instead of a TAP if that bridge forwards with DPDK
 //!               OVSRepresentor   joined with a virtual function, whose representor is in the network's bridge of Open vSwitch; so
 //!                                with any of Open vSwitch's profiles that has a DatapathOffloadRepresentor
 //! VIFOpenVSwitch, OpenVSwitch    the TAP vif_name in the network's bridge of Open vSwitch is the guest's card; the profile
