@@ -47,7 +47,7 @@ test:
 
 nova:
 	tests/setup.sh build guest ovs python nova
-	cargo build --workspace --bins
+	cargo build --workspace --bins --examples
 	integrations/os-vif/check.sh newest
 	integrations/os-vif/check.sh 4.3.1
 	integrations/os-vif/check.sh nova

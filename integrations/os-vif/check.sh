@@ -5,7 +5,8 @@
 #   newest, VERSION   as pip installs it, in a virtual environment in target/os-vif, with that os-vif of PyPI
 #   nova              the same with PyPI's newest nova, and two guests that nova plugs and describes (setup.sh guest)
 #
-# They run against the daemon that cargo built, target/debug/vhostd, or $VHOSTD, and a real Open vSwitch (setup.sh ovs).
+# They run against the daemon that cargo built, target/debug/vhostd, or $VHOSTD, and a real Open vSwitch (setup.sh ovs). Before
+# them, what that os-vif makes of random and of damaged objects is held against what we make of them.
 set -euo pipefail
 
 here=$(dirname "$(realpath "$0")")
@@ -39,8 +40,10 @@ debian)
     "$python" -m pip install -q --upgrade "$wanted" oslotest testtools "$work/source"
     ;;
 esac
-cd "$here/tests"
 export PYTHONDONTWRITEBYTECODE=1
+reencode=$(dirname "$VHOSTD")/examples/reencode
+[ $# != 0 ] || "$python" -W ignore "$root/crates/vif/testdata/crosscheck.py" "$reencode" 60
+cd "$here/tests"
 # OpenStack's libraries warn of each other.
 unittest=("$python" -W ignore -W default::ResourceWarning -m unittest)
 "${unittest[@]}" discover "$@"

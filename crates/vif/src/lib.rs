@@ -35,6 +35,7 @@
 //! - text with a lone surrogate (`"\ud800"`), which is not Unicode;
 //! - a list field given as text or map (os-vif would take its characters or keys);
 //! - a PCI address without the dot before the function, and any address with a line feed behind it;
+//! - an abbreviated network (`10.1`), which netaddr before 1.0 reads, and later ones refuse;
 //! - a version that is not plain numbers with dots (`1.0a1`, `v1.0`, blanks around it);
 //! - `versioned_object.data` that is no map; `versioned_object.changes` that is no list.
 //!
