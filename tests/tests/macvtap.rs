@@ -5,13 +5,25 @@
 //! ```
 #![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
 
+use std::env;
+use std::fs;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use e2e::daemon::Daemon;
 use e2e::deadline::wait_for_some;
 use e2e::exchange::{self, GUESTS, PLAIN};
+use e2e::netns::Netns;
 use e2e::peer::{Peer, PeerConfig};
+use e2e::process::Process;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recvfrom, sendto, socket,
+};
+use serde_json::json;
 
 const SOON: Duration = Duration::from_secs(30);
 const PLUGS: [(&str, &str); 2] = [("vm1", "eth1"), ("vm2", "eth2")];
@@ -78,5 +90,104 @@ fn a_device_that_goes_is_said_and_its_neighbour_stays() -> Result<()> {
     })?;
     exchange(&daemon)?;
     daemon.run(&["unplug", "vm3"])?;
+    Ok(())
+}
+
+/// Set in the process that plays lldpad: a directory for its pid file, and for what it is asked.
+const LLDPAD: &str = "E2E_LLDPAD";
+/// A number that no process has.
+const LLDPAD_PORT: u32 = 1 << 23;
+const UUID: &str = "01020304-0506-0708-090a-0b0c0d0e0f10";
+/// Values of IFLA_PORT_REQUEST (linux/if_link.h).
+const ASSOCIATE: u8 = 2;
+const DISASSOCIATE: u8 = 3;
+
+/// Not a test but the process beside one.
+#[test]
+fn lldpad() -> Result<()> {
+    let Some(dir) = env::var_os(LLDPAD).map(PathBuf::from) else { return Ok(()) };
+    let own = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::empty(), SockProtocol::NetlinkRoute)?;
+    bind(own.as_raw_fd(), &NetlinkAddr::new(LLDPAD_PORT, 0))?;
+    let mut requests = fs::File::create(dir.join("requests"))?;
+    fs::write(dir.join("lldpad.pid"), format!("{LLDPAD_PORT}\n"))?;
+    let mut buffer = [0; 4096];
+    loop {
+        let (len, from) = recvfrom::<NetlinkAddr>(own.as_raw_fd(), &mut buffer)?;
+        let message = &buffer[..len];
+        // RTM_SETLINK; the request is its last attribute.
+        let answer = if message[4] == 19 {
+            requests.write_all(&message[len - 4..len - 3])?;
+            netlink(2, &[&[0; 4], &message[..16]].concat())
+        } else {
+            netlink(3, &[&message[16..32], &attribute(24, &attribute(1, &response()))[..]].concat())
+        };
+        sendto(own.as_raw_fd(), &answer, &from.context("a sender")?, MsgFlags::empty())?;
+    }
+}
+
+/// IFLA_PORT_INSTANCE_UUID, and IFLA_PORT_RESPONSE: success.
+fn response() -> Vec<u8> {
+    let uuid: Vec<u8> = (1..=16).collect();
+    [attribute(4, &uuid), attribute(7, &[0; 2])].concat()
+}
+
+fn netlink(kind: u16, payload: &[u8]) -> Vec<u8> {
+    let len = u32::try_from(16 + payload.len()).unwrap();
+    [&len.to_ne_bytes()[..], &kind.to_ne_bytes(), &[0; 10], payload].concat()
+}
+
+fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+    let len = u16::try_from(4 + value.len()).unwrap();
+    let pad = vec![0; value.len().next_multiple_of(4) - value.len()];
+    [&len.to_ne_bytes()[..], &kind.to_ne_bytes(), value, &pad].concat()
+}
+
+fn start_lldpad(netns: &Netns, dir: &Path) -> Result<Process> {
+    let mut command = netns.command(env::current_exe()?);
+    command.args(["--exact", "lldpad", "--nocapture"]).env(LLDPAD, dir);
+    let process = Process::spawn("lldpad", &command)?;
+    wait_for_some("lldpad", SOON, || Ok(dir.join("lldpad.pid").exists().then_some(())))?;
+    Ok(process)
+}
+
+#[test]
+fn a_switch_outside_is_told_of_the_guest_and_forgets_it() -> Result<()> {
+    let (netns, dir) = (Arc::new(Netns::new()?), tempfile::tempdir()?);
+    let configuration = format!("[devices]\nlldpad = {:?}\n", dir.path().join("lldpad.pid"));
+    let mut daemon = Daemon::start_on(netns.clone(), &configuration)?;
+    netns.run(
+        "for n in $(seq 60); do ip link add f$n type bridge; done; ip link add eth1 type veth peer name eth2",
+    )?;
+    let plug = |daemon: &Daemon, protocol: &str| {
+        let mut profile = json!({"protocol": protocol, "instance_id": UUID});
+        let more = match protocol {
+            "802.1Qbg" => json!({"manager_id": 1, "type_id": 2, "type_id_version": 3}),
+            _ => json!({"profile_id": "web"}),
+        };
+        profile.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let to =
+            json!({"kind": "macvtap", "device": "eth1", "mode": "vepa", "guest": true, "profile": profile});
+        let path = daemon.socket("document.json");
+        fs::write(&path, json!({"id": "vm1", "spec": {"to": to}}).to_string())?;
+        daemon.command(&["plug", "-f", path.to_str().context("a path")?])
+    };
+    let macvtaps = || netns.run("ip -oneline link show type macvtap");
+    for (protocol, text) in [("802.1Qbg", "start lldpad"), ("802.1Qbh", "takes hardware")] {
+        let refused = plug(&daemon, protocol)?;
+        let errors = String::from_utf8_lossy(&refused.stderr).into_owned();
+        ensure!(!refused.status.success() && errors.contains(text), "{errors}");
+        assert_eq!(macvtaps()?, "", "nothing is left");
+    }
+
+    let _lldpad = start_lldpad(&netns, dir.path())?;
+    let made = plug(&daemon, "802.1Qbg")?;
+    ensure!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    daemon.wait_for_forwarding(&["vm1"])?;
+    daemon.kill_and_restart()?;
+    daemon.wait_for_forwarding(&["vm1"])?;
+    daemon.run(&["unplug", "vm1"])?;
+    assert_eq!(macvtaps()?, "");
+    // Once more after the restart: whoever lldpad is by then may not know of it.
+    assert_eq!(fs::read(dir.path().join("requests"))?, [ASSOCIATE, ASSOCIATE, DISASSOCIATE]);
     Ok(())
 }

@@ -71,16 +71,13 @@ async fn association(host: &HostNet, id: &Name, macvtap: &Macvtap) -> Result<Opt
             instance: instance_id.0,
         },
         PortProfile::Qbh { profile_id, instance_id } => {
-            Profile::Qbh { profile: profile_id.to_string(), guest: instance_id.0, host: machine_id().await? }
+            Profile::Qbh { profile: profile_id.to_string(), guest: instance_id.0, host: machine_id().await }
         }
     };
     Ok(Some(Association { device: macvtap.device.to_string(), address, profile }))
 }
 
-async fn machine_id() -> Result<[u8; 16], StepError> {
-    let text = tokio::fs::read_to_string(MACHINE_ID).await;
-    let id = text
-        .map_err(|cause| cause.to_string())
-        .and_then(|text| text.trim().parse::<Uuid>().map_err(|cause| cause.to_string()));
-    id.map(|id| id.0).map_err(|cause| StepError::MachineId { cause })
+async fn machine_id() -> Option<[u8; 16]> {
+    let text = tokio::fs::read_to_string(MACHINE_ID).await.ok()?;
+    text.trim().parse().ok().map(|Uuid(bytes)| bytes)
 }

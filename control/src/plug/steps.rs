@@ -90,14 +90,6 @@ pub enum StepError {
         /// Its name.
         cause: NameError,
     },
-    /// A switch with 802.1Qbh wants to know which host this is.
-    #[error(
-        "this host's id cannot be read from /etc/machine-id: {cause}; make one (systemd-machine-id-setup)"
-    )]
-    MachineId {
-        /// Why.
-        cause: String,
-    },
     /// A record that was written by hand.
     #[error("the record does not say how the device was found: unplug it, and plug it again")]
     Unresolved,
@@ -121,7 +113,6 @@ impl StepError {
             | Self::Device(_)
             | Self::Association(_)
             | Self::Name { .. }
-            | Self::MachineId { .. }
             | Self::Socket(_) => Whose::Host,
             Self::Unresolved | Self::Dataplane(_) => Whose::Vhostd,
         }
@@ -176,7 +167,6 @@ impl StepError {
             | Self::SwitchDirectory { .. }
             | Self::Association(_)
             | Self::Name { .. }
-            | Self::MachineId { .. }
             | Self::Unresolved
             | Self::Dataplane(_) => false,
         }

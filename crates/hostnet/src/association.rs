@@ -19,14 +19,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use rtnetlink::packet_core::DefaultNla;
-use rtnetlink::packet_route::link::{
-    InfoData, InfoVlan, LinkAttribute, LinkExtentMask, LinkInfo, LinkMessage, LinkVfPort, VfPort,
-};
+use rtnetlink::packet_route::link::{LinkAttribute, LinkExtentMask, LinkMessage, LinkVfPort, VfPort};
 use tokio::time::{Instant, sleep};
 use tracing::info;
 
 pub use self::message::{Request, Response};
-use crate::link::LinkState;
+use crate::link::{Kind, LinkState};
 use crate::netlink::Message;
 use crate::{Error, HostNet};
 
@@ -66,8 +64,8 @@ pub enum Profile {
         profile: String,
         /// The guest, a UUID.
         guest: [u8; 16],
-        /// The host, a UUID.
-        host: [u8; 16],
+        /// The host, a UUID, if it has one.
+        host: Option<[u8; 16]>,
     },
 }
 
@@ -206,18 +204,18 @@ impl HostNet {
     async fn facing(&self, device: &str) -> Result<Facing, AssociationError> {
         let missing = || Error::Missing { name: device.to_owned() };
         let mut vlan = None;
-        let mut message = self
-            .first("look at", device, self.links().get().match_name(device))
-            .await?
-            .ok_or_else(missing)?;
+        let mut link = self.link(device).await?.ok_or_else(missing)?;
         for _ in 0..CHAIN_MAX {
-            vlan = vlan.or_else(|| vlan_of(&message));
-            let Some(below) = lower_of(&message) else { break };
+            if let Kind::Vlan(number) = link.kind {
+                vlan = vlan.or(number);
+            }
+            // The other end of a pair is not below this one.
+            let Some(below) = link.lower.filter(|_| link.kind != Kind::Veth) else { break };
             let request = self.links().get().match_index(below);
-            message = self.first("look at what is below", device, request).await?.ok_or_else(missing)?;
+            let found = self.first("look at what is below", device, request).await?;
+            link = LinkState::from(&found.ok_or_else(missing)?);
         }
-        let LinkState { name, ifindex, .. } = LinkState::from(&message);
-        Ok(Facing { name, ifindex, vlan })
+        Ok(Facing { name: link.name, ifindex: link.ifindex, vlan })
     }
 
     async fn ask(
@@ -287,26 +285,4 @@ impl HostNet {
             }
         }
     }
-}
-
-fn vlan_of(link: &LinkMessage) -> Option<u16> {
-    let info = link.attributes.iter().find_map(|attribute| match attribute {
-        LinkAttribute::LinkInfo(info) => Some(info),
-        _ => None,
-    })?;
-    let data = info.iter().find_map(|info| match info {
-        LinkInfo::Data(InfoData::Vlan(data)) => Some(data),
-        _ => None,
-    })?;
-    data.iter().find_map(|data| match data {
-        InfoVlan::Id(id) => Some(*id),
-        _ => None,
-    })
-}
-
-/// The interface that it is on top of; the other end of a pair is not below it.
-fn lower_of(link: &LinkMessage) -> Option<u32> {
-    use crate::Kind;
-    let state = LinkState::from(link);
-    state.lower.filter(|_| state.kind != Kind::Other("veth".into()))
 }

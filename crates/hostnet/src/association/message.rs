@@ -99,12 +99,9 @@ pub(super) fn attributes(vlan: Option<u16>, guest: &Association, request: Reques
         }
         Profile::Qbh { profile, guest, host } => {
             let name = [profile.as_bytes(), &[0]].concat();
-            let port = vec![
-                nla(IFLA_PORT_PROFILE, &name),
-                nla(IFLA_PORT_INSTANCE_UUID, guest),
-                nla(IFLA_PORT_HOST_UUID, host),
-                asked,
-            ];
+            let mut port = vec![nla(IFLA_PORT_PROFILE, &name), nla(IFLA_PORT_INSTANCE_UUID, guest)];
+            port.extend(host.map(|host| nla(IFLA_PORT_HOST_UUID, &host)));
+            port.push(asked);
             let mut value = vec![0; port.as_slice().buffer_len()];
             port.as_slice().emit(&mut value);
             // The crate's own attribute of that name is written with the header of IFLA_VF_PORT inside.
@@ -198,11 +195,14 @@ mod tests {
     #[test]
     fn a_request_of_802_1qbh_is_what_the_header_file_says() {
         let host = UUID.map(|byte| byte + 16);
-        let profile = Profile::Qbh { profile: "web".into(), guest: UUID, host };
-        // IFLA_PORT_SELF 25.
-        let port = [nla(2, b"web\0"), nla(4, &UUID), nla(5, &host), nla(6, &[3])].concat();
-        let expected = [HEADER.to_vec(), nla(25, &port)].concat();
-        assert_eq!(bytes(None, profile, Request::Disassociate), expected);
+        for host in [Some(host), None] {
+            let profile = Profile::Qbh { profile: "web".into(), guest: UUID, host };
+            let of_host = host.map(|host| nla(5, &host)).unwrap_or_default();
+            // IFLA_PORT_SELF 25.
+            let port = [nla(2, b"web\0"), nla(4, &UUID), of_host, nla(6, &[3])].concat();
+            let expected = [HEADER.to_vec(), nla(25, &port)].concat();
+            assert_eq!(bytes(None, profile, Request::Disassociate), expected);
+        }
     }
 
     #[test]

@@ -244,7 +244,7 @@ fn the_interface_below_all_others_is_the_one_that_is_told() {
 fn a_device_without_port_extension_says_so() {
     run("association::a_device_without_port_extension_says_so", async |net| {
         sh("ip link add d0 type veth peer name d1");
-        let profile = Profile::Qbh { profile: "web".into(), guest: UUID, host: UUID };
+        let profile = Profile::Qbh { profile: "web".into(), guest: UUID, host: Some(UUID) };
         let guest = Association { profile, ..guest("d0") };
         let error = net.associate(&Listener::default(), &guest).await.unwrap_err();
         assert!(matches!(&error, AssociationError::NoHardware { device } if device == "d0"), "{error}");
