@@ -14,13 +14,13 @@
 #
 # Open vSwitch forwards in user space (datapath_type netdev): neither its kernel module nor a second machine is needed. It then
 # looks for the way of its tunnels among its own bridges, hence br-phy, with the tunnel's address on it. All files are
-# in $OVN_DIR (default: /run/$OVN_NAME). Needs root, and on Debian 12 the packages below.
+# in $OVN_DIR (default: /run/$OVN_NAME-hosts). Needs root, and on Debian 12 the packages below.
 set -euo pipefail
 export LC_ALL=C PATH=$PATH:/usr/sbin:/sbin
 
 packages="openvswitch-switch ovn-central ovn-host iproute2"
 name=${OVN_NAME:-ovn}
-dir=${OVN_DIR:-/run/$name}
+dir=${OVN_DIR:-/run/$name-hosts}
 # Of the underlay. A guest's frames are 58 bytes longer in there.
 mtu=${OVN_UNDERLAY_MTU:-1500}
 # Seconds for each step.
@@ -40,13 +40,17 @@ daemons() { # HOST: in the order in which they end
     [ "$1" = b ] || echo ovn-northd ovnsb ovnnb
 }
 
+enter() { # HOST: sets what runs a command there
+    local rundir=$dir/$1
+    enter=(env OVS_RUNDIR="$rundir" OVS_LOGDIR="$rundir" OVS_DBDIR="$rundir" OVS_SYSCONFDIR="$rundir"
+        OVN_RUNDIR="$rundir" OVN_LOGDIR="$rundir" OVN_NB_DB="unix:$dir/a/ovnnb.sock" OVN_SB_DB="unix:$dir/a/ovnsb.sock"
+        VHOSTD_API="$rundir/api.sock" ip netns exec "$name-$1")
+}
+
 on() { # HOST COMMAND...
-    local host=$1
-    shift
-    local rundir=$dir/$host
-    OVS_RUNDIR=$rundir OVS_LOGDIR=$rundir OVS_DBDIR=$rundir OVS_SYSCONFDIR=$rundir OVN_RUNDIR=$rundir OVN_LOGDIR=$rundir \
-        OVN_NB_DB=unix:$dir/a/ovnnb.sock OVN_SB_DB=unix:$dir/a/ovnsb.sock VHOSTD_API=$rundir/api.sock \
-        ip netns exec "$name-$host" "$@"
+    local enter
+    enter "$1"
+    "${enter[@]}" "${@:2}"
 }
 
 vsctl() { # HOST ARGUMENT...
@@ -177,6 +181,10 @@ status() {
 
 case ${1:-} in
 up | down | status) "$1" ;;
-in) [ $# -ge 3 ] || fail "usage: in a|b COMMAND..."; shift; on "$@" ;;
+in)
+    [ $# -ge 3 ] || fail "usage: in a|b COMMAND..."
+    enter "$2"
+    exec "${enter[@]}" "${@:3}"
+    ;;
 *) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "$0" >&2; exit 2 ;;
 esac

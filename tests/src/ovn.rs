@@ -37,7 +37,7 @@ impl TwoHosts {
     pub fn start(underlay_mtu: u16) -> Result<Self> {
         let lab = Lab::start(underlay_mtu)?;
         let daemon = |host| {
-            let configuration = lab.run(&["cat", &format!("/run/ovn/{host}/vhostd.toml")])?;
+            let configuration = lab.run(&["cat", &format!("/run/ovn-hosts/{host}/vhostd.toml")])?;
             Daemon::start_on(Arc::new(lab.host(host)?), &configuration)
         };
         Ok(Self { a: daemon("a")?, b: daemon("b")?, lab })
