@@ -138,6 +138,11 @@ fn a_device_is_given_to_the_guest_and_given_back_also_after_a_kill() -> Result<(
     let mut host = Host::start(0, |_| Ok("driver = \"vfio-pci\"\n".into()))?;
     let before = host.state()?;
     let vif = host_device("generic");
+    let path = host.daemon.socket("dry.json");
+    fs::write(&path, vif.to_string())?;
+    let dry = host.daemon.run(&["plug", "-f", path.to_str().unwrap(), "--dry-run"])?;
+    assert!(dry.contains("bind 0000:03:00.1 to driver vfio-pci, which is bound to igbvf"), "{dry}");
+    assert_eq!(host.state()?, before);
     for round in 0..2 {
         host.plugged(&vif)?;
         let shown = host.daemon.json(&["show", ID])?;
@@ -270,7 +275,7 @@ fn guests_behind_sockets_reach_open_vswitch_through_their_virtual_functions() ->
     let mut host = Host::start(120, |netns| {
         let started = Ovs::start(netns, Dpdk::Off)?;
         let configuration = format!(
-            "[ovs]\ndatabase = \"unix:{}\"\ndatapath_type = \"{}\"\n",
+            "driver = \"vfio-pci\"\n[ovs]\ndatabase = \"unix:{}\"\ndatapath_type = \"{}\"\n",
             started.socket().display(),
             datapath_type()
         );

@@ -48,7 +48,7 @@ impl Devices {
         host: &HostNet,
         ovs: &OpenVSwitch,
         id: &Name,
-        mac: Option<Mac>,
+        (mac, behind_socket): (Option<Mac>, bool),
         device: &mut Device,
     ) -> Result<(), StepError> {
         let (address, by_mac) = (device.address, mac.map(|mac| mac.0).unwrap_or_default());
@@ -59,12 +59,11 @@ impl Devices {
             })
             .await?;
         device.address = Some(PciAddress(now.address));
-        if device.driver.is_none() {
+        // Behind a socket it is driven by its network driver.
+        if device.driver.is_none() && !behind_socket {
             device.driver = match device.dev_type {
                 DeviceType::Nested => Some(self.config.nested_driver.clone()),
-                DeviceType::Ethernet => self.config.driver.clone(),
-                // Behind a socket it is driven by its network driver.
-                DeviceType::Generic => self.config.driver.clone().filter(|_| device.port.is_none()),
+                DeviceType::Ethernet | DeviceType::Generic => self.config.driver.clone(),
             };
         }
         self.check(host, device, &now).await?;
@@ -107,7 +106,8 @@ impl Devices {
         Ok(FoundFunction {
             physical: PciAddress(of),
             number,
-            mac: (held.address != [0; 6]).then_some(Mac(held.address)),
+            // All zero, or what no station can have: none.
+            mac: Mac(held.address).to_string().parse().ok(),
             vlan: held.vlan,
             priority: held.priority,
         })
@@ -128,8 +128,7 @@ impl Devices {
         let link = host.link(&found.name).await?.ok_or_else(missing)?;
         let asked = port.attach.take();
         let name: IfName = named(&found.name)?;
-        let wanted = port.tap.take().unwrap_or_else(|| name.clone());
-        port.tap = Some(wanted);
+        port.tap.get_or_insert_with(|| name.clone());
         ovs.resolve(host, id, port).await?;
         // It would join us with a switch that has DPDK by vhost-user: that one opens representors itself.
         let by_switch = asked.is_none() && port.attach == Some(Attach::VhostUser);

@@ -220,7 +220,8 @@ impl Steps {
         match &mut spec.to {
             Some(To::Ovs(ovs)) => self.ovs.resolve(&self.host, id, ovs).await?,
             Some(To::Device(device)) => {
-                self.devices.resolve(&self.host, &self.ovs, id, spec.mac, device).await?;
+                let guest = (spec.mac, spec.socket.is_some());
+                self.devices.resolve(&self.host, &self.ovs, id, guest, device).await?;
             }
             _ => {}
         }
