@@ -310,6 +310,28 @@ fn guests_behind_sockets_reach_open_vswitch_through_their_virtual_functions() ->
     Ok(())
 }
 
+/// A switch with DPDK opens representors itself, by what it is told of them; here it finds none.
+#[test]
+fn a_switch_with_dpdk_is_told_of_the_representor() -> Result<()> {
+    let mut ovs = None;
+    let host = Host::start(0, |netns| {
+        let started = Ovs::start(netns, Dpdk::On)?;
+        let database = started.socket().display().to_string();
+        ovs = Some(started);
+        Ok(format!("[ovs]\ndatabase = \"unix:{database}\"\ndatapath_type = \"netdev\"\n"))
+    })?;
+    let before = host.state()?;
+    let to = json!({"kind": "device", "address": VFS[1], "port": {"bridge": "br0"}});
+    let errors = said(&host.plug(&json!({"id": ID, "spec": {"to": to}}))?, PRECONDITION)?;
+    assert!(
+        errors.contains("vfrdc065497-3c") && errors.contains(&format!("{PF},representor=[1]")),
+        "{errors}"
+    );
+    assert_eq!(host.state()?, before);
+    assert_eq!(ovs.unwrap().vsctl("list-br")?, "");
+    Ok(())
+}
+
 /// Not a PCI device, but for the rest what a card with an embedded switch is: its virtual functions are told by a tree of ours, its
 /// interfaces and what they say of themselves are the kernel's.
 #[test]
