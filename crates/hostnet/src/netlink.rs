@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures::TryStreamExt;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::{Handle, LinkGetRequest, LinkHandle, LinkMessageBuilder, LinkUnspec};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Semaphore, SemaphorePermit};
 use tokio::task::JoinHandle;
 
 use crate::Error;
@@ -15,6 +15,10 @@ use crate::link::LinkState;
 
 /// Longest wait for the kernel's answer. It answers at once, unless the answer is one that cannot be decoded.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Requests about links that are on their way at one time. The kernel drops answers that its socket's buffer has no room for:
+/// that is 208 KiB as it comes (net.core.rmem_default), and what it says of a link takes several.
+const REQUESTS_MAX: usize = 16;
 
 pub(crate) type Message = LinkMessageBuilder<LinkUnspec>;
 
@@ -27,6 +31,7 @@ const BEING_MADE: u32 = u32::from_be_bytes(*b"vhst");
 pub struct HostNet {
     handle: Handle,
     connection: JoinHandle<()>,
+    requests: Semaphore,
     /// Held from looking for a link until it is made and marked.
     pub(crate) making: Mutex<()>,
 }
@@ -44,7 +49,14 @@ impl HostNet {
     /// [`Error::Open`].
     pub fn open() -> Result<Self, Error> {
         let (connection, handle, _unsolicited) = rtnetlink::new_connection().map_err(Error::Open)?;
-        Ok(Self { handle, connection: tokio::spawn(connection), making: Mutex::new(()) })
+        let connection = tokio::spawn(connection);
+        let requests = Semaphore::new(REQUESTS_MAX);
+        Ok(Self { handle, connection, requests, making: Mutex::new(()) })
+    }
+
+    /// Waits until one more request can be sent without losing an answer.
+    async fn turn(&self) -> SemaphorePermit<'_> {
+        self.requests.acquire().await.expect("nobody closes it")
     }
 
     pub(crate) fn handle(&self) -> &Handle {
@@ -62,6 +74,7 @@ impl HostNet {
         name: &str,
         request: LinkGetRequest,
     ) -> Result<Option<LinkMessage>, Error> {
+        let _turn = self.turn().await;
         let mut answers = std::pin::pin!(request.execute());
         match answer(doing, name, answers.try_next()).await {
             Err(Error::Missing { .. }) => Ok(None),
@@ -112,6 +125,7 @@ impl HostNet {
         name: &str,
         message: LinkMessage,
     ) -> Result<(), Error> {
+        let _turn = self.turn().await;
         answer(doing, name, self.links().add(message).execute()).await
     }
 
@@ -123,11 +137,13 @@ impl HostNet {
         edit: impl FnOnce(Message) -> Message,
     ) -> Result<(), Error> {
         let message = edit(LinkUnspec::new_with_index(link.ifindex)).build();
+        let _turn = self.turn().await;
         answer(doing, &link.name, self.links().change(message).execute()).await
     }
 
     /// Deletes a link; false if it is gone already.
     pub(crate) async fn delete(&self, name: &str, ifindex: u32) -> Result<bool, Error> {
+        let _turn = self.turn().await;
         match answer("remove", name, self.links().del(ifindex).execute()).await {
             Ok(()) => Ok(true),
             Err(Error::Missing { .. }) => Ok(false),
@@ -152,6 +168,7 @@ impl HostNet {
         name: &str,
         request: LinkGetRequest,
     ) -> Result<Vec<LinkMessage>, Error> {
+        let _turn = self.turn().await;
         answer(doing, name, request.execute().try_collect()).await
     }
 }

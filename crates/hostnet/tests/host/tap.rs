@@ -263,3 +263,14 @@ fn lack_of_privilege_is_told() {
         assert_eq!(error.to_string(), format!("cannot make bridge hostnet-denied: {text}"));
     });
 }
+
+/// As when a host has many plugs and all of them come back at one time.
+#[test]
+fn as_many_questions_as_there_are_taps_are_answered() {
+    run("tap::as_many_questions_as_there_are_taps_are_answered", async |net| {
+        net.ensure_tap(&spec("t0")).await.unwrap();
+        let asked = futures::future::join_all((0..1000).map(|_| net.link("t0")));
+        let answers = tokio::time::timeout(std::time::Duration::from_secs(8), asked).await.unwrap();
+        assert!(answers.into_iter().all(|link| link.unwrap().is_some()));
+    });
+}
