@@ -16,8 +16,8 @@ use crate::link::LinkState;
 /// Longest wait for the kernel's answer. It answers at once, unless the answer is one that cannot be decoded.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Requests about links that are on their way at one time. The kernel drops answers that its socket's buffer has no room for:
-/// that is 208 KiB as it comes (net.core.rmem_default), and what it says of a link takes several.
+/// Requests about links that are on their way at one time. A connection in which hundreds stood was seen to stand still until
+/// another request woke it: netlink-proto sends one of them each time that it is woken.
 const REQUESTS_MAX: usize = 16;
 
 pub(crate) type Message = LinkMessageBuilder<LinkUnspec>;
@@ -54,7 +54,7 @@ impl HostNet {
         Ok(Self { handle, connection, requests, making: Mutex::new(()) })
     }
 
-    /// Waits until one more request can be sent without losing an answer.
+    /// Waits until one more request may be on its way.
     async fn turn(&self) -> SemaphorePermit<'_> {
         self.requests.acquire().await.expect("nobody closes it")
     }
