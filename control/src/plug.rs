@@ -6,7 +6,8 @@
 //! start   for each record: the same steps, tried until they succeed
 //! ```
 //!
-//! A step that somebody else undoes later, in Open vSwitch's database, is taken again and told as an event.
+//! A step that somebody else undoes later, to a link of the host or in Open vSwitch's database, is taken again and told as an
+//! event.
 //!
 //! What cannot be finished, a stored plug that does not come back or an unplug that fails half-way, keeps its record,
 //! says so, and is tried again in the background until it succeeds. A start goes on with it.
@@ -18,9 +19,11 @@
 mod announce;
 mod bridge;
 mod device;
+mod links;
 mod macvtap;
 mod ovs;
 mod plan;
+mod repair;
 mod steps;
 mod table;
 mod tap;
@@ -273,12 +276,15 @@ impl Plugs {
 
     /// Goes on with a plug in the background until nothing is left to do. The caller has its turn.
     fn retry(self: &Arc<Self>, id: &Name) {
+        self.retry_after(id, RETRY_FIRST);
+    }
+
+    fn retry_after(self: &Arc<Self>, id: &Name, mut pause: Duration) {
         if !self.table.begin_retrying(id) {
             return;
         }
         let (plugs, id) = (self.clone(), id.clone());
         tokio::spawn(async move {
-            let mut pause = RETRY_FIRST;
             loop {
                 tokio::time::sleep(pause).await;
                 let _turn = plugs.table.turn(&id).await;
@@ -363,61 +369,27 @@ impl Plugs {
         Ok(true)
     }
 
-    /// Takes the steps that have not succeeded yet.
+    /// Takes the steps that have not succeeded yet, and again those that somebody else has undone.
     async fn attach(self: &Arc<Self>, id: &Name, spec: &PlugSpec) -> Result<(), StepError> {
         self.watch_over(spec);
         let attached = self.table.look(id).and_then(|(_, ports, _)| ports);
         let again = attached.is_some();
-        let ports = match attached {
-            Some(ports) => ports,
-            None => self.steps.attach(id, spec).await?,
+        let (ports, mut mended) = match attached {
+            Some(ports) => self.steps.mend(id, spec, ports).await?,
+            None => (self.steps.attach(id, spec).await?, Vec::new()),
         };
         self.table.attached(id, ports.clone());
         if self.steps.join(id, spec, &ports).await? && again {
-            tracing::warn!(plug = %id, "somebody else had taken it out of Open vSwitch; put back");
-            self.events.publish(EventKind::Repaired, Some(id.as_str()), "put back into Open vSwitch");
+            mended.push("it is not in Open vSwitch as it was".to_owned());
+        }
+        if !mended.is_empty() {
+            let message = format!("put right what somebody else had done: {}", mended.join("; "));
+            tracing::warn!(plug = %id, "{message}");
+            self.events.publish(EventKind::Repaired, Some(id.as_str()), message);
+            self.table.repaired(id);
         }
         self.table.settled(id);
         Ok(())
-    }
-
-    /// From the first plug on that others can take something away from, looks after all such plugs.
-    fn watch_over(self: &Arc<Self>, spec: &PlugSpec) {
-        let Some(mut changes) = self.steps.changes(spec) else { return };
-        let plugs = self.clone();
-        tokio::spawn(async move { plugs.steps.follow().await });
-        let (plugs, changes_too) = (self.clone(), changes.clone());
-        tokio::spawn(async move { plugs.announce_arrivals(changes_too).await });
-        let plugs = self.clone();
-        tokio::spawn(async move {
-            while changes.changed().await.is_ok() {
-                let plugs = &plugs;
-                let repair = |id| async move { plugs.repair(&id).await };
-                futures::future::join_all(plugs.amiss().into_iter().map(repair)).await;
-            }
-        });
-    }
-
-    /// Plugs that have been attached, and something of theirs has gone since.
-    fn amiss(&self) -> Vec<Name> {
-        let is_amiss = |id: &Name| {
-            matches!(self.table.look(id), Some((Record { intent: Intent::Plugged, spec, .. }, Some(_), None))
-                if self.steps.is_amiss(id, &spec))
-        };
-        self.table.ids().into_iter().filter(is_amiss).collect()
-    }
-
-    /// Takes the steps again that others can undo.
-    async fn repair(self: &Arc<Self>, id: &Name) {
-        let _turn = self.table.turn(id).await;
-        // Whoever had the turn before may have been the one who changed it.
-        let Some((Record { intent: Intent::Plugged, spec, .. }, Some(_), None)) = self.table.look(id) else {
-            return;
-        };
-        if let Err(error) = self.attach(id, &spec).await {
-            self.failed(id, error.into());
-            self.retry(id);
-        }
     }
 
     /// Undoes a plug whose intent says so, if not now then in the background.

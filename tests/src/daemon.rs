@@ -2,7 +2,7 @@
 
 use std::env;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Lines, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output};
@@ -112,6 +112,18 @@ impl Daemon {
         Ok(String::from_utf8_lossy(&answer).into_owned())
     }
 
+    /// Its events from now on.
+    pub fn events(&self) -> Result<EventStream> {
+        let mut stream = UnixStream::connect(self.dir.path().join("api.sock"))?;
+        stream.set_read_timeout(Some(READY_TIMEOUT))?;
+        stream.write_all(b"GET /v1/events HTTP/1.1\r\nHost: vhostd\r\n\r\n")?;
+        let mut lines = BufReader::new(stream).lines();
+        // The answer's head comes when the daemon has begun.
+        let status = lines.next().context("an answer")??;
+        ensure!(status.contains(" 200 "), "{status}");
+        Ok(EventStream { lines, seen: Vec::new() })
+    }
+
     /// A path for the socket of a plug.
     pub fn socket(&self, name: &str) -> PathBuf {
         self.dir.path().join(format!("{name}.sock"))
@@ -174,6 +186,37 @@ impl Daemon {
             self.process.check_running()?;
             Ok(self.run(&["ls"]).ok().map(drop))
         })
+    }
+}
+
+/// Events as they happen.
+#[derive(Debug)]
+pub struct EventStream {
+    lines: Lines<BufReader<UnixStream>>,
+    seen: Vec<String>,
+}
+
+impl EventStream {
+    /// Waits for an event of this kind whose text contains this.
+    pub fn wait_for(&mut self, kind: &str, text: &str) -> Result<()> {
+        let kind = format!("\"kind\":\"{kind}\"");
+        loop {
+            let line = self.lines.next().context("the daemon's events ended")?;
+            let line =
+                line.with_context(|| format!("no {kind} with {text:?} in\n{}", self.seen.join("\n")))?;
+            if line.starts_with("data: ") {
+                let is_it = line.contains(&kind) && line.contains(text);
+                self.seen.push(line);
+                if is_it {
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Events of this kind among those that have been waited for or came before them.
+    pub fn count(&self, kind: &str) -> usize {
+        self.seen.iter().filter(|line| line.contains(&format!("\"kind\":\"{kind}\""))).count()
     }
 }
 

@@ -2,7 +2,7 @@
 //! before and after is all there is of the host: links, addresses, routes, and rows of the switch's database.
 #![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use e2e::daemon::Daemon;
@@ -326,6 +326,130 @@ fn one_id_is_one_spec() -> Result<()> {
     let problem = post(&daemon, "/v1/os-vif/plug", &other, 409)?;
     ensure!(problem["detail"].as_str().unwrap().contains("belongs to plug vm1"), "{problem}");
     Ok(())
+}
+
+/// Waits until the plug's conditions contain this text.
+fn wait_for_condition(daemon: &Daemon, plug: &str, text: &str) -> Result<()> {
+    let look = || daemon.json(&["show", plug]);
+    wait_for_some(&format!("{plug}: {text}"), SOON, || {
+        Ok(look()?["status"]["conditions"].to_string().contains(text).then_some(()))
+    })
+    .with_context(|| look().unwrap_or_default().to_string())
+}
+
+/// Does something to the host, and waits until that is told to be put right, and is.
+fn is_put_right(daemon: &Daemon, action: &str, told: &str, state: impl Fn() -> Result<String>) -> Result<()> {
+    let (plugged, mut events) = (state()?, daemon.events()?);
+    daemon.host().run(action)?;
+    events.wait_for("repaired", told).with_context(|| format!("after {action}"))?;
+    wait_for_some("the host to be as before", SOON, || Ok((state()? == plugged).then_some(())))
+        .with_context(|| format!("{}\nwanted:\n{plugged}", state().unwrap_or_default()))
+}
+
+/// Each is done to one plug, one after the other: the daemon takes no more than three at once from anybody.
+#[test]
+fn what_somebody_else_does_to_links_is_put_right_and_told() -> Result<()> {
+    let Host { daemon, ovs } = Host::start()?;
+    let before = ovs_state(&ovs)?;
+    let hybrid = |id: &str| plug(&daemon, &hybrid_vif(&daemon, id));
+    let bridged = |id: &str| {
+        plug(&daemon, &by_socket(&daemon, id, bridge_vif(id, "brq1", &json!({"mtu": 1500}), None)))
+    };
+    for id in ["h1", "h2"] {
+        hybrid(id)?;
+    }
+    for id in ["b1", "b2"] {
+        bridged(id)?;
+    }
+    let [mut h1, mut h2] = ["h1", "h2"].map(|id| guest(&daemon, id).unwrap());
+    let [mut b1, mut b2] = ["b1", "b2"].map(|id| guest(&daemon, id).unwrap());
+    for (action, told) in [
+        ("ip link set taph1 nomaster", "taph1 is not in bridge qbrh1"),
+        ("ip link set qvbh1 mtu 1400", "qvbh1 has MTU 1400, the plug 1500"),
+        ("ip link del qbrh1", "interface qbrh1 is gone"),
+        ("ip link del qvoh2", "interface qvbh2 is gone; interface qvoh2 is gone"),
+        ("ip link set qbrh2 down", "qbrh2 is down"),
+        // One that we have open, and one that Open vSwitch has.
+        ("ip link del taph2; ip link del qvoh2", "interface taph2 is gone"),
+    ] {
+        is_put_right(&daemon, action, told, || ovs_state(&ovs))?;
+        exchange(&mut h1, &mut h2)?;
+    }
+    for (action, told) in [
+        ("ip link set tapb1 down", "tapb1 is down"),
+        ("ip link del brq1", "interface brq1 is gone"),
+        ("ip link del tapb1", "interface tapb1 is gone"),
+    ] {
+        is_put_right(&daemon, action, told, || ovs_state(&ovs))?;
+        exchange(&mut b1, &mut b2)?;
+    }
+    for id in ["h1", "h2", "b1", "b2"] {
+        daemon.run(&["unplug", id])?;
+    }
+    assert_eq!(ovs_state(&ovs)?, before);
+    Ok(())
+}
+
+#[test]
+fn a_tap_deleted_under_open_vswitch_is_made_anew_and_taken_up() -> Result<()> {
+    let Host { daemon, ovs } = Host::start()?;
+    for name in ["a", "b"] {
+        let socket = daemon.socket(name).display().to_string();
+        daemon.run(&["plug", name, "--listen", &socket, "--to", "ovs:br0"])?;
+    }
+    let (mut a, mut b) = (guest(&daemon, "a")?, guest(&daemon, "b")?);
+    is_put_right(&daemon, "ip link del vhd-a", "interface vhd-a is gone", || ovs_state(&ovs))?;
+    exchange(&mut a, &mut b)
+}
+
+#[test]
+fn who_keeps_undoing_it_is_not_raced_and_is_told_of() -> Result<()> {
+    let daemon = Daemon::start()?;
+    plug(&daemon, &by_socket(&daemon, "vm1", bridge_vif("vm1", "brq1", &json!({}), None)))?;
+    let (start, mut events) = (Instant::now(), daemon.events()?);
+    let undoing = "while ip link set tapvm1 nomaster; do sleep 0.01; done";
+    let mut another = daemon.host().command("sh").args(["-c", undoing]).spawn()?;
+    let text = "tapvm1 is not in bridge brq1: somebody else keeps undoing";
+    let told = events
+        .wait_for("failed", text)
+        .and_then(|()| events.wait_for("failed", text))
+        .and_then(|()| wait_for_condition(&daemon, "vm1", text));
+    another.kill()?;
+    another.wait()?;
+    told?;
+    // Three at once, and then with pauses that double from 100 ms on.
+    let repairs = events.count("repaired");
+    ensure!((4..=10).contains(&repairs), "{repairs} repairs in {:?}", start.elapsed());
+    wait_for_some("the last repair", SOON, || {
+        Ok(state(daemon.host())?.contains("\"tapvm1\" \"brq1\"").then_some(()))
+    })
+}
+
+#[test]
+fn another_mtu_than_the_plugs_is_a_condition_where_it_is_not_ours() -> Result<()> {
+    let daemon = host_with_eth1()?;
+    let network = |mtu: u16| {
+        let mut network = provided();
+        network["mtu"] = json!(mtu);
+        network
+    };
+    let card = bridge_vif("vm1", "brq1", &network(9000), None);
+    plug(&daemon, &card)?;
+    wait_for_condition(&daemon, "vm1", "eth1 has MTU 1500, the plug 9000")?;
+    daemon.host().run("ip link set out1 mtu 9000; ip link set eth1 mtu 9000; ip link set brq1 mtu 9000")?;
+    daemon.wait_for_forwarding(&["vm1"])?;
+    daemon.host().run("ip link set brq1 mtu 1400")?;
+    wait_for_condition(&daemon, "vm1", "brq1 has MTU 1400, the plug 9000")?;
+    daemon.host().run("ip link set brq1 mtu 9000; ip tuntap add tapvm1 mode tap")?;
+    wait_for_condition(&daemon, "vm1", "tapvm1 has MTU 1500, the plug 9000")?;
+    daemon.host().run("ip link set tapvm1 mtu 9000")?;
+    daemon.wait_for_forwarding(&["vm1"])?;
+    // A TAP that is ours is put right.
+    plug(&daemon, &by_socket(&daemon, "vm2", bridge_vif("vm2", "brq1", &network(9000), None)))?;
+    let _guest = guest(&daemon, "vm2")?;
+    is_put_right(&daemon, "ip link set tapvm2 mtu 1400", "tapvm2 has MTU 1400, the plug 9000", || {
+        state(daemon.host())
+    })
 }
 
 /// The spec that a VIF becomes.

@@ -81,8 +81,10 @@ fn a_device_that_goes_is_said_and_its_neighbour_stays() -> Result<()> {
     daemon.host().run("ip link add eth3 type veth peer name eth4")?;
     let (socket, to) = (daemon.socket("vm3").display().to_string(), "macvtap:eth3");
     daemon.run(&["plug", "vm3", "--listen", &socket, "--to", to])?;
-    daemon.host().run("ip link del eth3")?;
     let mut third = guest(&daemon, "vm3")?;
+    let mut events = daemon.events()?;
+    daemon.host().run("ip link del eth3")?;
+    events.wait_for("failed", "there is no interface eth3")?;
     ensure!(third.send_now(0, &PLAIN, &[2; 60]), "buffers come back");
     wait_for_some("the frame to be counted as dropped", SOON, || {
         let drops = daemon.run(&["drops"])?;
@@ -91,6 +93,23 @@ fn a_device_that_goes_is_said_and_its_neighbour_stays() -> Result<()> {
     exchange(&daemon)?;
     daemon.run(&["unplug", "vm3"])?;
     Ok(())
+}
+
+#[test]
+fn a_device_with_a_smaller_mtu_is_named_until_it_has_the_plugs() -> Result<()> {
+    let daemon = start(80)?;
+    let guests = [guest(&daemon, "vm1")?, guest(&daemon, "vm2")?];
+    let mut events = daemon.events()?;
+    daemon.host().run("ip link set eth1 mtu 1400")?;
+    events
+        .wait_for("failed", "macvtap vhd-vm1 cannot have an MTU of 1500: eth1 has 1400, raise that first")?;
+    let conditions = daemon.json(&["show", "vm1"])?["status"]["conditions"].to_string();
+    ensure!(conditions.contains("vhd-vm1 has MTU 1400, the plug 1500"), "{conditions}");
+    daemon.host().run("ip link set eth1 mtu 1500")?;
+    events.wait_for("repaired", "vhd-vm1 has MTU 1400, the plug 1500")?;
+    daemon.wait_for_forwarding(&["vm1", "vm2"])?;
+    drop(guests);
+    exchange(&daemon)
 }
 
 /// Set in the process that plays lldpad: a directory for its pid file, and for what it is asked.

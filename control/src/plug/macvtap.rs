@@ -31,6 +31,17 @@ pub(super) async fn ensure(
     Ok(link)
 }
 
+/// Puts a macvtap right that somebody has open.
+pub(super) async fn mend(
+    host: &HostNet,
+    id: &Name,
+    spec: &PlugSpec,
+    macvtap: &Macvtap,
+) -> Result<(), StepError> {
+    host.ensure_idle_macvtap(&macvtap_spec(id, spec, macvtap)).await?;
+    Ok(())
+}
+
 /// Removes the macvtap if it is ours, once the switch has forgotten the guest.
 pub(super) async fn remove(
     host: &HostNet,

@@ -213,7 +213,12 @@ impl OpenVSwitch {
 
     /// Whether somebody else has taken away what the plug needs.
     pub(super) fn is_amiss(&self, id: &Name, ovs: &Ovs) -> bool {
-        self.lookout.seen().view.as_ref().is_ok_and(|view| lacking(view, id, ovs).is_some())
+        self.lacking(id, ovs).is_some()
+    }
+
+    /// What somebody else has taken away.
+    pub(super) fn lacking(&self, id: &Name, ovs: &Ovs) -> Option<String> {
+        self.lookout.seen().view.as_ref().ok().and_then(|view| lacking(view, id, ovs))
     }
 
     /// What is missing for the plug's port to forward.

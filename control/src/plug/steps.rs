@@ -10,6 +10,7 @@ use vhost_user::{Access, Endpoint};
 
 use super::bridge::LinuxBridges;
 use super::device::Devices;
+use super::links::Links;
 use super::ovs::OpenVSwitch;
 use super::plan::plan;
 use super::table::Others;
@@ -193,6 +194,15 @@ fn with_causes(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// What others change, too.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum World {
+    /// The host's links.
+    Links,
+    /// Open vSwitch's database.
+    OpenVSwitch,
+}
+
 /// The worlds that the steps act on.
 pub(super) struct Steps {
     dataplane: Arc<Dataplane>,
@@ -201,6 +211,7 @@ pub(super) struct Steps {
     rules: SocketRules,
     bridges: LinuxBridges,
     devices: Devices,
+    links: Links,
 }
 
 impl Steps {
@@ -211,7 +222,8 @@ impl Steps {
         rules: SocketRules,
     ) -> Self {
         let (ovs, devices) = (OpenVSwitch::new(ovs), Devices::new(devices));
-        Self { dataplane, host, ovs, rules, bridges: LinuxBridges::default(), devices }
+        let (bridges, links) = (LinuxBridges::default(), Links::default());
+        Self { dataplane, host, ovs, rules, bridges, devices, links }
     }
 
     /// Decides what a new plug leaves to us, and fails if what it needs is not there, such as an Open vSwitch that answers:
@@ -250,7 +262,10 @@ impl Steps {
     /// detaches it.
     pub(super) async fn attach(&self, id: &Name, spec: &PlugSpec) -> Result<Vec<PortId>, StepError> {
         let mut ports = Vec::new();
-        let attached = self.attach_all(id, spec, &mut ports).await;
+        let attached = match self.attach_all(id, spec, &mut ports).await {
+            Ok(()) => self.links.look(&self.host, id, spec, true).await,
+            failed => failed,
+        };
         let Err(error) = attached else { return Ok(ports) };
         self.remove_ports(ports).await;
         Err(error)
@@ -269,19 +284,65 @@ impl Steps {
         Ok(changed)
     }
 
-    /// Whether somebody else has undone a step of [`join`](Self::join).
+    /// Whether somebody else has undone a step.
     pub(super) fn is_amiss(&self, id: &Name, spec: &PlugSpec) -> bool {
         spec.ovs().is_some_and(|ovs| self.ovs.is_amiss(id, ovs))
+            || self.links.flaws(id, spec).iter().any(|flaw| flaw.ours)
     }
 
-    /// Tells when a plug may be amiss; the first who asks for a plug that can be has to call [`follow`](Self::follow).
-    pub(super) fn changes(&self, spec: &PlugSpec) -> Option<watch::Receiver<u64>> {
-        spec.ovs().and_then(|_| self.ovs.changes())
+    /// What somebody else has undone, as of now.
+    pub(super) async fn flaws(&self, id: &Name, spec: &PlugSpec) -> Result<Vec<String>, StepError> {
+        self.links.look(&self.host, id, spec, false).await?;
+        let mut flaws = self.flaws_of_links(id, spec).0;
+        flaws.extend(spec.ovs().and_then(|ovs| self.ovs.lacking(id, ovs)));
+        Ok(flaws)
+    }
+
+    /// Puts right what somebody else has done to the plug's links. Gives its ports, of which the TAP's is another one where
+    /// the TAP had to be made anew, and what was wrong.
+    pub(super) async fn mend(
+        &self,
+        id: &Name,
+        spec: &PlugSpec,
+        mut ports: Vec<PortId>,
+    ) -> Result<(Vec<PortId>, Vec<String>), StepError> {
+        self.links.look(&self.host, id, spec, false).await?;
+        let (flaws, is_tap_gone) = self.flaws_of_links(id, spec);
+        let Some(to) = spec.to.as_ref().filter(|_| !flaws.is_empty()) else { return Ok((ports, flaws)) };
+        if is_tap_gone {
+            // Until there is a new one the former stays: what is sent to it is counted.
+            let link = self.ensure_host_side(id, spec, to).await?;
+            if let (Some(link), Some(port)) = (link, ports.first_mut()) {
+                self.remove_ports(vec![*port]).await;
+                *port = self.add_host_port(id, spec, link).await?;
+            }
+        } else {
+            self.mend_host_side(id, spec, to).await?;
+        }
+        self.links.look(&self.host, id, spec, is_tap_gone).await?;
+        Ok((ports, flaws))
+    }
+
+    /// What is ours to put right, and whether the TAP that we have open is gone.
+    fn flaws_of_links(&self, id: &Name, spec: &PlugSpec) -> (Vec<String>, bool) {
+        let flaws: Vec<_> = self.links.flaws(id, spec).into_iter().filter(|flaw| flaw.ours).collect();
+        let is_tap_gone = flaws.iter().any(|flaw| flaw.is_gone);
+        (flaws.into_iter().map(|flaw| flaw.message).collect(), is_tap_gone)
+    }
+
+    /// Tells when plugs such as this may be amiss; the first who asks has to [`follow`](Self::follow) what is told of.
+    pub(super) fn changes(&self, spec: &PlugSpec) -> Vec<(World, watch::Receiver<u64>)> {
+        let ovs = spec.ovs().and_then(|_| self.ovs.changes()).map(|changes| (World::OpenVSwitch, changes));
+        let links = spec.to.as_ref().and_then(|_| self.links.begin()).map(|changes| (World::Links, changes));
+        ovs.into_iter().chain(links).collect()
     }
 
     /// Follows what others do, for ever.
-    pub(super) async fn follow(&self) {
-        self.ovs.follow().await;
+    pub(super) async fn follow(&self, world: World) {
+        match world {
+            World::Links => self.links.follow(&self.host).await,
+            World::OpenVSwitch => self.ovs.follow().await,
+        }
     }
 
     /// Tells a guest's address, if it is known, to its network. False if it is not.
@@ -299,6 +360,7 @@ impl Steps {
     ) -> Result<(), StepError> {
         self.remove_ports(ports).await;
         self.remove_sockets(spec).await;
+        self.links.forget(id);
         self.remove_host_side(id, spec, others).await
     }
 
@@ -328,7 +390,8 @@ impl Steps {
         if reports.len() < ports.len() {
             return Status::pending(Whose::Vhostd, "the dataplane has lost a port");
         }
-        let missing = spec.ovs().map(|ovs| self.ovs.missing(id, spec, ovs)).unwrap_or_default();
+        let mut missing = self.links.missing(id, spec);
+        missing.extend(spec.ovs().into_iter().flat_map(|ovs| self.ovs.missing(id, spec, ovs)));
         Status::of_ports(spec, &reports).and(missing)
     }
 
@@ -337,14 +400,10 @@ impl Steps {
             Some(socket) => Some(self.endpoint(socket, self.rules.dir_of(socket)?)),
             None => None,
         };
-        let (network, mtu) = (spec.network_of(id), spec.mtu_bytes());
         if let Some(to) = &spec.to
             && let Some(link) = self.ensure_host_side(id, spec, to).await?
         {
-            // One name a port: the socket's port bears the plug's, if there is a socket.
-            let side = if matches!(link, Link::FrontEnd { .. }) { "switch" } else { "tap" };
-            let name = if spec.socket.is_some() { format!("{id}:{side}") } else { id.to_string() };
-            ports.push(self.add_port(PortSpec { name, network: network.clone(), mtu, link }).await?);
+            ports.push(self.add_host_port(id, spec, link).await?);
         }
         if let Some(endpoint) = endpoint {
             let link = if spec.is_front_end() {
@@ -353,9 +412,17 @@ impl Steps {
                 let (mac, queue_pairs) = (spec.mac.map(|mac| mac.0), spec.guest_queues());
                 Link::VhostUser { endpoint, mac, queue_pairs, policy: spec.policy() }
             };
+            let (network, mtu) = (spec.network_of(id), spec.mtu_bytes());
             ports.push(self.add_port(PortSpec { name: id.to_string(), network, mtu, link }).await?);
         }
         Ok(())
+    }
+
+    /// The port on the host's side. One name a port: the socket's bears the plug's, if there is a socket.
+    async fn add_host_port(&self, id: &Name, spec: &PlugSpec, link: Link) -> Result<PortId, StepError> {
+        let side = if matches!(link, Link::FrontEnd { .. }) { "switch" } else { "tap" };
+        let name = if spec.socket.is_some() { format!("{id}:{side}") } else { id.to_string() };
+        self.add_port(PortSpec { name, network: spec.network_of(id), mtu: spec.mtu_bytes(), link }).await
     }
 
     /// What the plug needs of the host, up to where a port can be opened on it. Nothing to forward for if the guest's VMM
@@ -380,6 +447,24 @@ impl Steps {
                 macvtap::ensure(&self.host, &self.devices.listener(), id, spec, macvtap).await
             }
             To::Device(device) => self.devices.attach(&self.host, id, spec, device).await,
+        }
+    }
+
+    /// The same where the TAP is there, and open.
+    async fn mend_host_side(&self, id: &Name, spec: &PlugSpec, to: &To) -> Result<(), StepError> {
+        match to {
+            To::Tap(_) => tap::mend(&self.host, id, spec, to).await,
+            To::Bridge(bridge) => {
+                tap::mend(&self.host, id, spec, to).await?;
+                self.bridges.join(&self.host, id, spec, bridge).await
+            }
+            To::Ovs(ovs) => {
+                tap::mend(&self.host, id, spec, to).await?;
+                bridge::join_hybrid(&self.host, id, spec, ovs).await
+            }
+            To::Macvtap(macvtap) => macvtap::mend(&self.host, id, spec, macvtap).await,
+            // Its links are not followed.
+            To::Device(_) => Ok(()),
         }
     }
 

@@ -2,11 +2,14 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::time::Duration;
 
 use dataplane::PortId;
 use tokio::sync::OwnedMutexGuard;
+use tokio::time::Instant;
 
 use super::PlugError;
+use super::repair::Repairs;
 use crate::names::Name;
 use crate::spec::{PlugSpec, Socket, To};
 use crate::status::Whose;
@@ -28,6 +31,13 @@ struct Entry {
     /// Its ports in the dataplane, once it has them.
     ports: Option<Vec<PortId>>,
     fault: Option<Fault>,
+    repairs: Repairs,
+}
+
+impl Entry {
+    fn new(record: Record) -> Self {
+        Self { record, ports: None, fault: None, repairs: Repairs::default() }
+    }
 }
 
 /// Why the last attempt failed.
@@ -64,8 +74,7 @@ pub(super) enum Admission {
 
 impl Table {
     pub(super) fn new(records: Vec<(Name, Record)>) -> Self {
-        let entry = |record| Entry { record, ports: None, fault: None };
-        let entries = records.into_iter().map(|(id, record)| (id, entry(record))).collect();
+        let entries = records.into_iter().map(|(id, record)| (id, Entry::new(record))).collect();
         Self { entries: Mutex::new(entries), turns: Mutex::default(), retrying: Mutex::default() }
     }
 
@@ -111,7 +120,7 @@ impl Table {
         let admission = examine(&entries, id, spec)?;
         if admission == Admission::New {
             let record = Record::new(Intent::Plugged, spec.clone());
-            entries.insert(id.clone(), Entry { record, ports: None, fault: None });
+            entries.insert(id.clone(), Entry::new(record));
         }
         Ok(admission)
     }
@@ -127,6 +136,26 @@ impl Table {
     /// Every step has succeeded.
     pub(super) fn settled(&self, id: &Name) {
         self.change(id, |entry| entry.fault = None);
+    }
+
+    /// Those of which every step has succeeded, and that are so.
+    pub(super) fn settled_plugs(&self, is_so: impl Fn(&Name, &PlugSpec) -> bool) -> Vec<Name> {
+        let is_settled = |entry: &Entry| {
+            entry.record.intent == Intent::Plugged && entry.ports.is_some() && entry.fault.is_none()
+        };
+        let entries = self.entries();
+        let found = entries.iter().filter(|(id, entry)| is_settled(entry) && is_so(id, &entry.record.spec));
+        found.map(|(id, _)| id.clone()).collect()
+    }
+
+    /// What somebody else had done was put right.
+    pub(super) fn repaired(&self, id: &Name) {
+        self.change(id, |entry| entry.repairs.add(Instant::now()));
+    }
+
+    /// How long to wait before that is done again, if it is done too often.
+    pub(super) fn pause_before_repair(&self, id: &Name) -> Option<Duration> {
+        self.entries().get(id)?.repairs.pause(Instant::now())
     }
 
     /// The ports that it had.

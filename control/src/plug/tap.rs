@@ -26,6 +26,20 @@ pub(super) async fn ensure(
     Ok(None)
 }
 
+/// Puts the TAP's MTU and its being up right, or makes one again that is the guest's. Open vSwitch sees to the MTU of its own
+/// ports.
+pub(super) async fn mend(host: &HostNet, id: &Name, spec: &PlugSpec, to: &To) -> Result<(), StepError> {
+    match spec.kernel_guest() {
+        None => {
+            let is_switchs = spec.ovs().is_some_and(|ovs| ovs.hybrid.is_none());
+            let mtu = (!is_switchs).then(|| spec.mtu_bytes().into());
+            host.set_right(to.tap(id).as_str(), mtu).await?;
+        }
+        Some(_) => drop(ensure(host, id, spec, to).await?),
+    }
+    Ok(())
+}
+
 /// Removes the TAP if it is ours.
 pub(super) async fn remove(host: &HostNet, id: &Name, to: &To) -> Result<(), StepError> {
     host.remove_tap(to.tap(id).as_str(), id.as_str()).await?;
