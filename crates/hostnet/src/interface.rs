@@ -2,7 +2,6 @@
 
 use std::fmt;
 
-use futures::TryStreamExt;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage};
@@ -10,7 +9,7 @@ use tracing::info;
 
 use crate::error::{EBUSY, EEXIST};
 use crate::link::{Kind, LinkState};
-use crate::netlink::{Message, answer};
+use crate::netlink::Message;
 use crate::{Error, HostNet};
 
 /// What the host does with an interface, which it could not do any more without it.
@@ -116,9 +115,9 @@ impl HostNet {
     }
 
     async fn addresses(&self, link: &LinkState) -> Result<Vec<String>, Error> {
-        let request = self.handle().address().get().set_link_index_filter(link.ifindex).execute();
+        let request = self.handle().address().get().set_link_index_filter(link.ifindex);
         let found: Vec<AddressMessage> =
-            answer("list addresses of", &link.name, request.try_collect()).await?;
+            self.dump("list addresses of", &link.name, || request.execute()).await?;
         let given = found.iter().filter(|message| {
             message.header.index == link.ifindex && message.header.scope != AddressScope::Link
         });
@@ -135,9 +134,9 @@ impl HostNet {
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut message = RouteMessage::default();
             message.header.address_family = family;
-            let request = self.handle().route().get(message).execute();
+            let request = self.handle().route().get(message);
             let routes: Vec<RouteMessage> =
-                answer("list routes through", &link.name, request.try_collect()).await?;
+                self.dump("list routes through", &link.name, || request.execute()).await?;
             let leads = |route: &RouteMessage| {
                 route.header.destination_prefix_length == 0
                     && route.attributes.iter().any(|attribute| match attribute {

@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-use futures::TryStreamExt;
+use futures::{TryStream, TryStreamExt};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::{Handle, LinkGetRequest, LinkHandle, LinkMessageBuilder, LinkUnspec};
 use tokio::sync::{Mutex, Semaphore, SemaphorePermit};
@@ -32,6 +32,8 @@ pub struct HostNet {
     handle: Handle,
     connection: JoinHandle<()>,
     requests: Semaphore,
+    /// Held while the kernel lists something.
+    listing: Mutex<()>,
     /// Held from looking for a link until it is made and marked.
     pub(crate) making: Mutex<()>,
 }
@@ -51,7 +53,7 @@ impl HostNet {
         let (connection, handle, _unsolicited) = rtnetlink::new_connection().map_err(Error::Open)?;
         let connection = tokio::spawn(connection);
         let requests = Semaphore::new(REQUESTS_MAX);
-        Ok(Self { handle, connection, requests, making: Mutex::new(()) })
+        Ok(Self { handle, connection, requests, listing: Mutex::new(()), making: Mutex::new(()) })
     }
 
     /// Waits until one more request may be on its way.
@@ -168,8 +170,23 @@ impl HostNet {
         name: &str,
         request: LinkGetRequest,
     ) -> Result<Vec<LinkMessage>, Error> {
+        self.dump(doing, name, || request.execute()).await
+    }
+
+    /// The whole of an answer that lists things. The kernel gives a connection one list at a time, and refuses a second with
+    /// EBUSY.
+    pub(crate) async fn dump<T, S>(
+        &self,
+        doing: &'static str,
+        name: &str,
+        request: impl FnOnce() -> S,
+    ) -> Result<Vec<T>, Error>
+    where
+        S: TryStream<Ok = T, Error = rtnetlink::Error>,
+    {
+        let _alone = self.listing.lock().await;
         let _turn = self.turn().await;
-        answer(doing, name, request.execute().try_collect()).await
+        answer(doing, name, request().try_collect()).await
     }
 }
 

@@ -8,7 +8,7 @@
 //! Which interface it is stands in the bridge's mark from before it joins until after it has left. Only a bridge that we
 //! made gets one.
 
-use futures::{StreamExt, TryStreamExt};
+use futures::StreamExt;
 use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, NetlinkMessage};
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::RouteNetlinkMessage;
@@ -142,8 +142,8 @@ impl HostNet {
     }
 
     async fn addresses_of(&self, link: &LinkState) -> Result<Vec<AddressMessage>, Error> {
-        let all = self.handle().address().get().set_link_index_filter(link.ifindex).execute();
-        let all: Vec<_> = answer("list the addresses of", &link.name, all.try_collect()).await?;
+        let request = self.handle().address().get().set_link_index_filter(link.ifindex);
+        let all: Vec<_> = self.dump("list the addresses of", &link.name, || request.execute()).await?;
         Ok(all.into_iter().filter(|address| address.header.scope == AddressScope::Universe).collect())
     }
 
@@ -154,8 +154,9 @@ impl HostNet {
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut request = RouteMessage::default();
             request.header.address_family = family;
-            let all = self.handle().route().get(request).execute();
-            let all: Vec<RouteMessage> = answer("list the routes of", &link.name, all.try_collect()).await?;
+            let request = self.handle().route().get(request);
+            let all: Vec<RouteMessage> =
+                self.dump("list the routes of", &link.name, || request.execute()).await?;
             routes.extend(all.into_iter().filter(|route| is_through(route, link.ifindex)));
         }
         routes.sort_by_key(|route| {

@@ -31,3 +31,13 @@ fn changes_and_removals_are_told() {
         until(&mut watch, |event| matches!(event, LinkEvent::Removed(link) if link.name == "t0")).await;
     });
 }
+
+#[test]
+fn several_may_look_at_once() {
+    run("watch::several_may_look_at_once", async |net| {
+        drop(net.ensure_tap(&spec("t0")).await.unwrap());
+        let look = async || (net.all_links().await.unwrap().len(), net.uses("lo").await.unwrap());
+        let all = futures::future::join_all((0..40).map(|_| look())).await;
+        assert!(all.iter().all(|seen| *seen == all[0] && seen.0 >= 2), "{all:?}");
+    });
+}
