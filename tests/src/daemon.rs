@@ -19,7 +19,7 @@ use crate::process::Process;
 
 /// For the daemon to answer, and for a plug to forward.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
-/// Silence after which an answer of the API is taken to be over.
+/// Silence after which a stream of events is taken to be over.
 const HTTP_PAUSE: Duration = Duration::from_secs(2);
 /// The daemon's configuration in its directory.
 const CONFIGURATION: &str = "vhostd.toml";
@@ -95,7 +95,8 @@ impl Daemon {
     /// Sends a request to the API and gives the whole answer, head and body. A stream of events is cut after a moment.
     pub fn http(&self, method: &str, path: &str, body: &str) -> Result<String> {
         let mut stream = UnixStream::connect(self.dir.path().join("api.sock"))?;
-        stream.set_read_timeout(Some(HTTP_PAUSE))?;
+        let pause = if path.starts_with("/v1/events") { HTTP_PAUSE } else { READY_TIMEOUT };
+        stream.set_read_timeout(Some(pause))?;
         let request = format!(
             "{method} {path} HTTP/1.1\r\nHost: vhostd\r\nConnection: close\r\nContent-Type: application/json\r\n\
              Content-Length: {}\r\n\r\n{body}",

@@ -452,6 +452,49 @@ fn another_mtu_than_the_plugs_is_a_condition_where_it_is_not_ours() -> Result<()
     })
 }
 
+/// Four clients plug and unplug one id, so many times each, as it comes.
+fn race(daemon: &Daemon, spec: &Value, requests: u32, state: impl Fn() -> Result<String>) -> Result<()> {
+    const CLIENTS: u32 = 4;
+    let before = state()?;
+    let body = json!({"spec": spec}).to_string();
+    std::thread::scope(|scope| {
+        let client = |number: u32| {
+            let body = &body;
+            move || {
+                (0..requests).try_for_each(|request| {
+                    // Pairs of clients are at odds at any time.
+                    let plugs = (request + number) % 2 == 0;
+                    let (method, body) = if plugs { ("PUT", body.as_str()) } else { ("DELETE", "") };
+                    let answer = daemon.http(method, "/v1/plugs/vm1", body)?;
+                    ensure!(answer.starts_with("HTTP/1.1 20"), "{method}: {answer}");
+                    Ok(())
+                })
+            }
+        };
+        let clients: Vec<_> = (0..CLIENTS).map(|number| scope.spawn(client(number))).collect();
+        clients.into_iter().try_for_each(|client| client.join().unwrap())
+    })?;
+    daemon.run(&["unplug", "vm1"])?;
+    assert_eq!(state()?, before);
+    Ok(())
+}
+
+#[test]
+fn plugs_and_unplugs_of_one_id_that_race_leave_nothing_in_a_bridge() -> Result<()> {
+    let daemon = host_with_eth1()?;
+    let spec = spec_of(&daemon, &by_socket(&daemon, "vm1", bridge_vif("vm1", "brq1", &provided(), None)))?;
+    race(&daemon, &spec, 250, || state(daemon.host()))
+}
+
+#[test]
+fn plugs_and_unplugs_of_one_id_that_race_leave_nothing_in_open_vswitch() -> Result<()> {
+    let Host { daemon, ovs } = Host::start()?;
+    let socket = json!({"role": "listen", "path": daemon.socket("vm1")});
+    let spec = json!({"socket": socket, "to": {"kind": "ovs", "bridge": "br0"}});
+    // Each waits for ovs-vswitchd.
+    race(&daemon, &spec, 50, || ovs_state(&ovs))
+}
+
 /// The spec that a VIF becomes.
 fn spec_of(daemon: &Daemon, asked: &Value) -> Result<Value> {
     let mut plan = post(daemon, "/v1/os-vif/plug?dry_run=true", asked, 201)?;
