@@ -463,7 +463,7 @@ fn race(daemon: &Daemon, spec: &Value, requests: u32, state: impl Fn() -> Result
             move || {
                 (0..requests).try_for_each(|request| {
                     // Pairs of clients are at odds at any time.
-                    let plugs = (request + number) % 2 == 0;
+                    let plugs = (request + number).is_multiple_of(2);
                     let (method, body) = if plugs { ("PUT", body.as_str()) } else { ("DELETE", "") };
                     let answer = daemon.http(method, "/v1/plugs/vm1", body)?;
                     ensure!(answer.starts_with("HTTP/1.1 20"), "{method}: {answer}");
