@@ -2,8 +2,7 @@
 //!
 //! [`DriverRx`] is the driver's side of an RX ring. All its buffers are on their way to the device, or hold frames of the
 //! one [`DriverBurst`] there may be; a frame is as many used buffers as its header says (virtio 1.2, 5.1.6.3.2), and its
-//! payload stays in them until it is where it should be. Memory is taken by buffers that were ever available, so there are
-//! few at first, and twice as many whenever more than half of them were found used one after the other. [`DriverTx`] is the driver's side of a TX ring: frames are copied
+//! payload stays in them until it is where it should be. [`DriverTx`] is the driver's side of a TX ring: frames are copied
 //! into free buffers, and all of a burst become available at once.
 //!
 //! Buffer `n` belongs to descriptor `n` for ever, so a used element can only bring back what is ours. The device may write
@@ -20,9 +19,6 @@ use crate::rx::{Enqueued, Scatter, copy_frame};
 
 /// Bytes between two buffers. Without any, buffers of a power of two share few sets of a cache.
 const GAP: usize = 256;
-
-/// Buffers of an RX ring that are available at first: 216 KiB of those of 2048 bytes.
-const WINDOW: u16 = 96;
 
 /// A ring and its buffers in a [`DriverMemory`].
 #[derive(Clone, Copy, Debug)]
@@ -67,10 +63,6 @@ pub struct DriverRx {
     ring: DriverRing,
     area: Area,
     mergeable: bool,
-    /// Buffers that the device may have at a time.
-    window: u16,
-    /// Buffers taken since there were no used ones.
-    backlog: u16,
 }
 
 /// Frames from one RX ring. Dropped without [`DriverBurst::complete`], their buffers go back with those of the next one.
@@ -81,15 +73,14 @@ pub struct DriverBurst<'m> {
 }
 
 impl DriverRx {
-    /// A ring with buffers available. `features` are those negotiated; the header has 12 bytes, so VERSION_1 or
+    /// A ring with all its buffers available. `features` are those negotiated; the header has 12 bytes, so VERSION_1 or
     /// MRG_RXBUF is among them.
     ///
     /// # Panics
     /// If the area does not fit.
     pub fn new(memory: &Arc<DriverMemory>, area: Area, features: u64) -> Self {
         let mergeable = features & (1 << features::MRG_RXBUF) != 0;
-        let window = WINDOW.min(area.size);
-        let mut rx = Self { ring: area.ring(memory, features), area, mergeable, window, backlog: 0 };
+        let mut rx = Self { ring: area.ring(memory, features), area, mergeable };
         rx.ring.want_no_call();
         rx.give_back();
         rx
@@ -105,12 +96,7 @@ impl DriverRx {
     /// On an error the ring must not be used any more.
     pub fn dequeue<'m>(&'m mut self, frames: &'m mut Frames) -> Result<DriverBurst<'m>, RingFault> {
         frames.clear();
-        let begun = self.posted();
-        let mut more = true;
-        while more && frames.has_room() {
-            more = self.take_frame(frames)?;
-        }
-        self.widen(begun - self.posted(), more);
+        while frames.has_room() && self.take_frame(frames)? {}
         // SAFETY: every piece is part of a buffer of ours, and singles are whole buffers, which have HEAD_LEN bytes.
         unsafe { frames.fetch_heads(HEADER_BYTES) };
         check_memory(&self.ring)?;
@@ -171,30 +157,11 @@ impl DriverRx {
         Ok(Some((at, len)))
     }
 
-    /// Makes room for longer bursts if the device was not far from having no buffers left: `taken` were found used now, and
-    /// perhaps `more` are.
-    fn widen(&mut self, taken: u16, more: bool) {
-        self.backlog = self.backlog.saturating_add(taken);
-        if self.backlog > self.window / 2 {
-            self.window = self.window.saturating_mul(2).min(self.area.size);
-            self.backlog = 0;
-        }
-        if !more {
-            self.backlog = 0;
-        }
-    }
-
-    /// Buffers that the device has.
-    fn posted(&self) -> u16 {
-        self.area.size - self.ring.free()
-    }
-
-    /// Makes buffers available up to the window: the last that were used, which are in the cache. True if the device wants a
-    /// kick.
+    /// Makes every buffer available that is not. True if the device wants a kick.
     fn give_back(&mut self) -> bool {
         let area = self.area;
         let buffer = |_, number| Buffer { offset: area.buffer(number), len: area.buffer_len, writable: true };
-        while self.posted() < self.window && self.ring.offer_numbered(1, buffer).is_some() {}
+        while self.ring.offer_numbered(1, buffer).is_some() {}
         self.ring.publish()
     }
 }
