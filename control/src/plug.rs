@@ -19,6 +19,7 @@
 mod announce;
 mod bridge;
 mod device;
+mod error;
 mod links;
 mod macvtap;
 mod ovs;
@@ -37,8 +38,9 @@ use dataplane::Dataplane;
 use hostnet::HostNet;
 use tokio::time::Instant;
 
+pub use self::error::StepError;
+pub use self::steps::SocketRules;
 use self::steps::Steps;
-pub use self::steps::{SocketRules, StepError};
 use self::table::{Admission, Fault, Table};
 use crate::config::{DevicesConfig, OvsConfig};
 use crate::events::{EventKind, Events};

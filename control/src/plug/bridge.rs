@@ -6,7 +6,7 @@
 
 use hostnet::{HostNet, VethSpec};
 
-use super::steps::StepError;
+use super::error::StepError;
 use super::table::Others;
 use crate::names::Name;
 use crate::spec::{Bridge, Ovs, PlugSpec, To};

@@ -12,9 +12,9 @@
 use dataplane::Link;
 use hostnet::{Binding, Function, FunctionState, HostNet, Pci, PciDevice, PciError};
 
+use super::error::StepError;
 use super::macvtap;
 use super::ovs::OpenVSwitch;
-use super::steps::StepError;
 use crate::config::DevicesConfig;
 use crate::names::{IfName, Mac, Name, PciAddress};
 use crate::spec::{

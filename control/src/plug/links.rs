@@ -14,7 +14,7 @@ use hostnet::{HostNet, LinkState};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
-use super::steps::StepError;
+use super::error::StepError;
 use crate::names::Name;
 use crate::spec::{Bridge, PlugSpec, To};
 use crate::status::{Condition, Phase, Whose};

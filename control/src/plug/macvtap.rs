@@ -3,7 +3,7 @@
 use dataplane::Link;
 use hostnet::{Association, HostNet, Listener, MacvtapSpec, Profile};
 
-use super::steps::StepError;
+use super::error::StepError;
 use crate::names::{Name, Uuid};
 use crate::spec::{Macvtap, PlugSpec, PortProfile};
 

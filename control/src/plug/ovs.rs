@@ -23,7 +23,7 @@ use ovsdb::{Client, Device, PortSpec, Switch, View};
 use tokio::sync::watch::Receiver;
 
 use self::watch::Lookout;
-use super::StepError;
+use super::error::StepError;
 use crate::config::OvsConfig;
 use crate::names::Name;
 use crate::spec::{Attach, DatapathType, Ovs, PlugSpec, Socket, SwitchPort};

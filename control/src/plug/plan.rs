@@ -2,8 +2,8 @@
 
 use hostnet::{HostNet, Kind};
 
+use super::error::StepError;
 use super::ovs::OpenVSwitch;
-use super::steps::StepError;
 use crate::names::{IfName, Name};
 use crate::spec::{Bridge, Macvtap, Ovs, PlugSpec, Role, Socket, To, Uplink};
 

@@ -3,7 +3,7 @@
 use dataplane::Link;
 use hostnet::{HostNet, TapSpec};
 
-use super::steps::StepError;
+use super::error::StepError;
 use crate::names::Name;
 use crate::spec::{PlugSpec, Tap, To};
 
