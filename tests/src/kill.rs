@@ -15,6 +15,12 @@ const PLUG: &str = "/v1/plugs/vm1";
 /// For anything that must happen.
 const SOON: Duration = Duration::from_secs(30);
 
+/// Kills a daemon: whoever waits for an answer of it waits no more.
+pub fn kill(daemon: &Daemon) -> Result<()> {
+    let pid = Pid::from_raw(daemon.pid().cast_signed()).context("a process")?;
+    Ok(kill_process(pid, Signal::KILL)?)
+}
+
 /// Plugs and unplugs `vm1` in turn and kills the daemon a little later each time. When it is back, the host is as it was
 /// without the plug if there is none, and as it was with it otherwise, as far as `state` tells; at the end as at the beginning.
 pub fn killed_in_the_middle(
@@ -38,9 +44,7 @@ pub fn killed_in_the_middle(
                 let _ = sender.send(());
             });
             let _ = done.recv_timeout(Duration::from_millis((1 + round / 2).into()));
-            let pid = Pid::from_raw(daemon.pid().cast_signed()).context("a process")?;
-            kill_process(pid, Signal::KILL)?;
-            anyhow::Ok(())
+            kill(daemon)
         })?;
         daemon.kill_and_restart()?;
         let is_there = || daemon.run(&["ls", "-o", "name"]).map(|names| !names.is_empty());

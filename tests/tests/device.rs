@@ -17,6 +17,7 @@ use anyhow::{Result, ensure};
 use e2e::daemon::Daemon;
 use e2e::deadline::wait_for_some;
 use e2e::exchange::{self, GUESTS};
+use e2e::kill::kill;
 use e2e::netns::Netns;
 use e2e::ovs::{Dpdk, Ovs, datapath_type};
 use e2e::peer::{Peer, PeerConfig};
@@ -187,7 +188,8 @@ fn a_kill_in_the_middle_leaves_nothing_behind() -> Result<()> {
         let only = host.sysfs.path(&format!("bus/pci/devices/{}/driver_override", VFS[0]));
         wait_for_some("the change of drivers to have begun", SOON, || {
             Ok((fs::read_to_string(&only)?.trim() == "vfio-pci").then_some(()))
-        })
+        })?;
+        kill(daemon)
     })?;
     host.daemon.kill_and_restart_after(|| {
         fs::remove_file(&driver)?;
