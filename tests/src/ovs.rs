@@ -145,6 +145,7 @@ impl Ovs {
 
     /// Starts the switch again, and waits until it has taken the configuration.
     pub fn start_switch(&mut self) -> Result<()> {
+        wait_for_some("the machine to be up long enough", START_TIMEOUT, can_count_processors)?;
         let program = if self.dpdk == Dpdk::On { SWITCH_DPDK } else { SWITCH };
         let mut command = self.command(program);
         command.arg("-vfile:off").arg(format!("unix:{}", self.socket().display()));
@@ -210,6 +211,15 @@ fn run(command: &mut Command) -> Result<String> {
     let errors = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{command:?}: {}: {}", output.status, errors.trim_end());
     Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
+}
+
+/// Open vSwitch counts its processors at most every ten seconds, and takes the start of the machine for the last time that it did
+/// (3.1, count_cpu_cores()). Before its eleventh second it finds none, and has no thread that takes frames from the kernel's
+/// datapath. A test guest is up after five.
+fn can_count_processors() -> Result<Option<()>> {
+    let uptime = fs::read_to_string("/proc/uptime")?;
+    let seconds: f64 = uptime.split_whitespace().next().context("a number")?.parse()?;
+    Ok((seconds > 11.0).then_some(()))
 }
 
 #[cfg(test)]
