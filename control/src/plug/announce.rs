@@ -12,6 +12,7 @@ use tokio::sync::watch;
 
 use super::{LOOK_EVERY, Plugs};
 use crate::names::Name;
+use crate::spec::PlugSpec;
 use crate::status::{Phase, Plug, Whose};
 
 impl Plugs {
@@ -20,7 +21,8 @@ impl Plugs {
         let mut events = self.events.subscribe();
         let mut there = BTreeSet::new();
         loop {
-            let plugs: Vec<_> = self.list().into_iter().filter(has_logical_port).collect();
+            let logical = self.table.settled_plugs(|_, spec| has_logical_port(spec));
+            let plugs: Vec<_> = logical.iter().filter_map(|id| self.show(id).ok()).collect();
             let now: BTreeSet<Name> =
                 plugs.iter().filter(|plug| forwards(plug)).map(|p| p.id.clone()).collect();
             for id in now.difference(&there) {
@@ -47,8 +49,8 @@ impl Plugs {
     }
 }
 
-fn has_logical_port(plug: &Plug) -> bool {
-    plug.spec.ovs().is_some_and(|ovs| ovs.iface_id.is_some()) && plug.spec.mac.is_some()
+fn has_logical_port(spec: &PlugSpec) -> bool {
+    spec.ovs().is_some_and(|ovs| ovs.iface_id.is_some()) && spec.mac.is_some()
 }
 
 fn forwards(plug: &Plug) -> bool {
