@@ -19,6 +19,7 @@ use e2e::deadline::wait_for_some;
 use e2e::exchange::{self, GUESTS};
 use e2e::kill::kill;
 use e2e::netns::Netns;
+use e2e::osvif::{VIF as ID, envelope};
 use e2e::ovs::{Dpdk, Ovs, datapath_type};
 use e2e::peer::{Peer, PeerConfig};
 use e2e::qemu::{MARK, SPARE_MAC};
@@ -116,22 +117,13 @@ fn said(output: &Output, code: i32) -> Result<String> {
     Ok(errors)
 }
 
-fn envelope(class: &str, version: &str, data: Value) -> Value {
-    let mut envelope = json!({"versioned_object.name": class, "versioned_object.namespace": "os_vif"});
-    envelope["versioned_object.version"] = version.into();
-    envelope["versioned_object.data"] = data;
-    envelope
-}
-
-const ID: &str = "dc065497-3c8d-4f44-8fb4-e1d33c16a536";
-
 /// A VIFHostDevice as nova makes one of a port of vnic type `direct`, but for `dev_type`.
 fn host_device(dev_type: &str) -> Value {
-    let network = envelope("Network", "1.1", json!({"id": ID, "bridge": "br0", "mtu": 1450}));
+    let network = envelope("Network", "1.1", &json!({"id": ID, "bridge": "br0", "mtu": 1450}));
     let mut data = json!({"id": ID, "address": "22:52:25:62:e2:aa", "network": network, "dev_type": dev_type,
                           "dev_address": VFS[0]});
-    data["port_profile"] = envelope("VIFPortProfileBase", "1.1", json!({}));
-    envelope("VIFHostDevice", "1.0", data)
+    data["port_profile"] = envelope("VIFPortProfileBase", "1.1", &json!({}));
+    envelope("VIFHostDevice", "1.0", &data)
 }
 
 #[test]
@@ -251,10 +243,10 @@ fn what_no_guest_can_have_is_refused_and_untouched() -> Result<()> {
 fn a_nested_containers_device_is_found_by_its_address() -> Result<()> {
     let host = Host::start(0, |_| Ok(String::new()))?;
     let before = host.state()?;
-    let profile = envelope("VIFPortProfileK8sDPDK", "1.1", json!({"l3_setup": false}));
+    let profile = envelope("VIFPortProfileK8sDPDK", "1.1", &json!({"l3_setup": false}));
     let vif = |mac: &str| {
         let data = json!({"id": ID, "address": mac, "port_profile": profile});
-        envelope("VIFNestedDPDK", "1.0", data)
+        envelope("VIFNestedDPDK", "1.0", &data)
     };
     host.plugged(&vif("52:54:00:00:00:a1"))?;
     let to = host.daemon.json(&["show", ID])?["spec"]["to"].take();
@@ -416,7 +408,7 @@ fn a_device_of_the_test_guest_changes_its_driver() -> Result<()> {
         daemon.command(&["plug", "-f", path.to_str().unwrap()])
     };
 
-    let nested = envelope("VIFNestedDPDK", "1.0", json!({"id": ID, "address": SPARE_MAC}));
+    let nested = envelope("VIFNestedDPDK", "1.0", &json!({"id": ID, "address": SPARE_MAC}));
     let plugged = plug(&daemon, &nested)?;
     ensure!(plugged.status.success(), "{plugged:?}");
     assert!(is_bound("uio_pci_generic"), "{:?}", driver());

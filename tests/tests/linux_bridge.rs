@@ -10,6 +10,7 @@ use e2e::deadline::wait_for_some;
 use e2e::exchange::exchange;
 use e2e::kill::killed_in_the_middle;
 use e2e::netns::Netns;
+use e2e::osvif::envelope;
 use e2e::ovs::{Host, Ovs};
 use e2e::peer::{Peer, PeerConfig};
 use serde_json::{Value, json};
@@ -43,11 +44,6 @@ fn state(host: &Netns) -> Result<String> {
 
 fn ovs_state(ovs: &Ovs) -> Result<String> {
     Ok(format!("{}\n{}", state(ovs.host())?, ovs.rows()?))
-}
-
-fn envelope(class: &str, version: &str, data: &Value) -> Value {
-    json!({"versioned_object.name": class, "versioned_object.namespace": "os_vif",
-           "versioned_object.version": version, "versioned_object.data": data})
 }
 
 /// What os-vif hands to a plug-in.

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use e2e::daemon::Daemon;
 use e2e::deadline::wait_for_some;
 use e2e::exchange::PLAIN;
+use e2e::osvif::envelope;
 use e2e::ovn::TwoHosts;
 use e2e::peer::{Peer, PeerConfig};
 use e2e::process::Process;
@@ -79,11 +80,6 @@ impl Port {
         ensure!(output.status.success(), "{}: {}", self.name, String::from_utf8_lossy(&output.stderr));
         Ok(())
     }
-}
-
-fn envelope(class: &str, version: &str, data: &Value) -> Value {
-    json!({"versioned_object.name": class, "versioned_object.namespace": "os_vif",
-           "versioned_object.version": version, "versioned_object.data": data})
 }
 
 /// A guest with the kernel's TCP/IP: the TAP `eth0` in a namespace, and a vhostd that drives the port's rings for it.
