@@ -15,7 +15,7 @@ fn forward(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("forward");
     group.throughput(Throughput::Elements(1));
     for len in [64, 512, 1500] {
-        let shape = Shape { ports: 2, taps: 0, frame_max: len, huge_pages: false };
+        let shape = Shape { ports: 2, taps: 0, first_tap: 0, frame_max: len, huge_pages: false };
         let backend = Backend::start(Kind::Vhostd, &shape).expect("a back end");
         let guests = Guests::connect(&backend.sockets(), &LightConfig::default(), &Traffic::of(len));
         let mut guests = guests.expect("front ends");

@@ -13,9 +13,13 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use tempfile::TempDir;
 
 pub use ourselves::serve_if_asked;
+
+/// Names a program for [`Kind::Before`].
+pub const BEFORE: &str = "BENCH_BEFORE";
 
 /// How long a back end may take until its sockets and TAPs are there.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -25,6 +29,8 @@ const START_TIMEOUT: Duration = Duration::from_secs(30);
 pub enum Kind {
     /// vhostd's dataplane: a learning switch with every check, one worker that polls for ever.
     Vhostd,
+    /// The same of another build, of this very bench: the program that [`BEFORE`] names.
+    Before,
     /// The same, but the worker sleeps when there is nothing to do: the daemon's default.
     VhostdAdaptive,
     /// `dpdk-testpmd` in io mode: it passes every frame from one port of a pair to the other and looks at none.
@@ -49,6 +55,7 @@ impl Kind {
     pub fn name(self) -> &'static str {
         match self {
             Self::Vhostd => "vhostd",
+            Self::Before => "before",
             Self::VhostdAdaptive => "adaptive",
             Self::Dpdk => "DPDK io",
             Self::Limit => "limit",
@@ -75,6 +82,9 @@ impl Kind {
                 (!found)
                     .then_some("build vhost_user_net in Cloud Hypervisor's source tree, and put it into PATH")
             }
+            Self::Before => std::env::var_os(BEFORE)
+                .is_none()
+                .then_some("set BENCH_BEFORE to this bench as built before a change"),
             Self::Vhostd | Self::VhostdAdaptive | Self::Limit | Self::Cable => None,
         }
     }
@@ -85,12 +95,20 @@ impl Kind {
 pub struct Shape {
     /// How many ports with a socket.
     pub ports: usize,
-    /// How many TAPs beside them, called [`tap`]`(0)` and so on: none for the bare loop.
+    /// How many TAPs beside them: none for the bare loop.
     pub taps: usize,
+    /// Number of the first of these: they are called [`tap`]`(first_tap)` and so on.
+    pub first_tap: usize,
     /// The longest frame that will come.
     pub frame_max: usize,
     /// Use huge pages (DPDK and OVS; the others have no buffers of their own).
     pub huge_pages: bool,
+}
+
+impl Shape {
+    fn tap_names(&self) -> impl Iterator<Item = String> + use<> {
+        (self.first_tap..self.first_tap + self.taps).map(tap)
+    }
 }
 
 /// A running back end; ended when dropped.
@@ -107,7 +125,7 @@ impl Backend {
         let mut backend =
             Self { kind, children: Vec::new(), dir: TempDir::with_prefix("bench-")?, ports: shape.ports };
         match kind {
-            Kind::Vhostd | Kind::VhostdAdaptive | Kind::Limit => {
+            Kind::Vhostd | Kind::Before | Kind::VhostdAdaptive | Kind::Limit => {
                 let child = ourselves::command(kind, backend.dir.path(), shape)?;
                 backend.spawn(child)?;
             }
@@ -117,10 +135,10 @@ impl Backend {
                 }
             }
             Kind::Dpdk => backend.spawn(testpmd::command(backend.dir.path(), shape))?,
-            Kind::CloudHypervisor => backend.spawn(cloud_hypervisor::command(backend.dir.path()))?,
+            Kind::CloudHypervisor => backend.spawn(cloud_hypervisor::command(backend.dir.path(), shape))?,
             Kind::Ovs | Kind::OvsFlows | Kind::OvsTso => ovs::start(&mut backend, shape)?,
         }
-        let taps = (0..shape.taps).map(|n| Path::new("/proc/sys/net/ipv4/conf").join(tap(n)));
+        let taps = shape.tap_names().map(|name| Path::new("/proc/sys/net/ipv4/conf").join(name));
         backend.wait_for(&backend.sockets().into_iter().chain(taps).collect::<Vec<_>>())?;
         if kind == Kind::OvsFlows {
             ovs::add_flows(&mut backend)?;
@@ -139,6 +157,26 @@ impl Backend {
             if let Some(status) = child.try_wait()? {
                 bail!("the back end {} ended: {status}", self.kind.name());
             }
+        }
+        Ok(())
+    }
+
+    /// Stops its processes where they are, until [`resume`](Self::resume): another back end has the core. An error if one has
+    /// ended.
+    pub fn pause(&mut self) -> Result<()> {
+        for child in &self.children {
+            let pid = Pid::from_child(child);
+            kill_process(pid, Signal::STOP)?;
+            // Or it has ended, which stays to be found.
+            waitid(WaitId::Pid(pid), WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT)?;
+        }
+        self.check()
+    }
+
+    /// Lets them go on.
+    pub fn resume(&self) -> Result<()> {
+        for child in &self.children {
+            kill_process(Pid::from_child(child), Signal::CONT)?;
         }
         Ok(())
     }
@@ -189,13 +227,15 @@ pub fn bound(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
-/// Processor time of a process so far, in user and in system mode (proc(5), /proc/pid/stat: fields 14 and 15; the second
-/// may have spaces in it). None if it has ended.
+/// Processor time of a process's threads so far (Linux, Documentation/scheduler/sched-stats.rst: the first number of a thread's
+/// `schedstat`, nanoseconds). None if it has ended.
 pub fn cpu_time(pid: u32) -> Duration {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace().skip(11).take(2);
-    let ticks: u64 = fields.filter_map(|field| field.parse::<u64>().ok()).sum();
-    Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let time = |thread: std::fs::DirEntry| {
+        let text = std::fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        text.split_whitespace().next()?.parse::<u64>().ok()
+    };
+    Duration::from_nanos(threads.filter_map(time).sum())
 }
 
 /// The name of a back end's TAP.

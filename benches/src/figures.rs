@@ -4,15 +4,15 @@ use std::fmt;
 
 use serde::Serialize;
 
-/// Smallest, median, largest.
+/// Where values lie.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Spread {
-    /// Smallest.
-    pub min: f64,
-    /// Half of the values are not larger.
+    /// A quarter of the values are not larger.
+    pub lower: f64,
+    /// Half of them are not.
     pub median: f64,
-    /// Largest.
-    pub max: f64,
+    /// Three quarters of them are not.
+    pub upper: f64,
 }
 
 impl Spread {
@@ -20,11 +20,16 @@ impl Spread {
     pub fn of(values: &[f64]) -> Option<Self> {
         let mut values = values.to_vec();
         values.sort_by(f64::total_cmp);
-        let (min, max) = (*values.first()?, *values.last()?);
-        let half = values.len() / 2;
-        let median =
-            if values.len() % 2 == 1 { values[half] } else { f64::midpoint(values[half - 1], values[half]) };
-        Some(Self { min, median, max })
+        let (first, between) = values.split_first()?;
+        // Between two values, as far from each as the share asks for.
+        let quantile = |share: f64| {
+            let place = share * between.len() as f64;
+            let (below, part) = (place as usize, place.fract());
+            let next = between.get(below).copied().unwrap_or(0.0);
+            let value = if below == 0 { *first } else { between[below - 1] };
+            if part == 0.0 { value } else { value + part * (next - value) }
+        };
+        Some(Self { lower: quantile(0.25), median: quantile(0.5), upper: quantile(0.75) })
     }
 
     /// Of the ratios round by round, since machines drift from one round to the next.
@@ -34,10 +39,10 @@ impl Spread {
     }
 }
 
-/// The median, and half of the distance between smallest and largest in percent of it.
+/// The median, and half of the distance between the quarters in percent of it.
 impl fmt::Display for Spread {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let percent = (self.max - self.min) / 2.0 / self.median * 100.0;
+        let percent = (self.upper - self.lower) / 2.0 / self.median * 100.0;
         f.pad(&format!("{:.2} ±{percent:.0}%", self.median))
     }
 }
@@ -47,13 +52,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn medians_of_odd_and_even_counts() {
-        let of = |values: &[f64]| Spread::of(values).map(|s| (s.min, s.median, s.max));
+    fn quarters_of_odd_and_even_counts() {
+        let of = |values: &[f64]| Spread::of(values).map(|s| (s.lower, s.median, s.upper));
         assert_eq!(of(&[]), None);
-        assert_eq!(of(&[3.0, 1.0, 2.0]), Some((1.0, 2.0, 3.0)));
-        assert_eq!(of(&[4.0, 1.0, 2.0, 8.0]), Some((1.0, 3.0, 8.0)));
-        assert_eq!(Spread::of(&[9.0, 10.0, 12.0]).unwrap().to_string(), "10.00 ±15%");
+        assert_eq!(of(&[7.0]), Some((7.0, 7.0, 7.0)));
+        assert_eq!(of(&[5.0, 1.0, 3.0]), Some((2.0, 3.0, 4.0)));
+        assert_eq!(of(&[4.0, 1.0, 2.0, 8.0]), Some((1.75, 3.0, 5.0)));
+        assert_eq!(Spread::of(&[8.0, 10.0, 12.0]).unwrap().to_string(), "10.00 ±10%");
         let ratios = Spread::of_ratios(&[2.0, 9.0], &[1.0, 3.0]).unwrap();
-        assert_eq!((ratios.min, ratios.median, ratios.max), (2.0, 2.5, 3.0));
+        assert_eq!((ratios.lower, ratios.median, ratios.upper), (2.25, 2.5, 2.75));
     }
 }

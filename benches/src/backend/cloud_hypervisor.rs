@@ -3,13 +3,13 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use super::{bound, socket, tap};
+use super::{Shape, bound, socket, tap};
 use crate::BACKEND_CPU;
 
 /// Built with `cargo build --release -p vhost_user_net` there, and put into a directory of PATH.
 pub(super) const PROGRAM: &str = "vhost_user_net";
 
-pub(super) fn command(dir: &Path) -> Command {
+pub(super) fn command(dir: &Path, shape: &Shape) -> Command {
     let socket = socket(dir, 0);
     let mut command = bound("taskset");
     command
@@ -17,7 +17,7 @@ pub(super) fn command(dir: &Path) -> Command {
         .arg(format!(
             "ip=192.168.249.1,mask=255.255.255.0,socket={},num_queues=2,queue_size=256,tap={}",
             socket.display(),
-            tap(0)
+            tap(shape.first_tap)
         ))
         .stderr(Stdio::null());
     command

@@ -1,5 +1,6 @@
 //! Back ends of our own: the running program, started again.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -10,7 +11,7 @@ use dataplane::{Config, Dataplane, Link, Poll, PortSpec};
 use sys::tap::TapQueue;
 use vhost_user::{Endpoint, Limits, Sessions};
 
-use super::{Kind, Shape, bound, socket, tap};
+use super::{BEFORE, Kind, Shape, bound, socket, tap};
 use crate::limit::LimitPort;
 use crate::{BACKEND_CPU, FRONTEND_CPU};
 
@@ -21,14 +22,16 @@ const FDB_PORT_MAX: u32 = 1 << 17;
 /// To be called first by every `main` that starts back ends: whether the program was started as one, and how that ended.
 pub fn serve_if_asked() -> Option<Result<()>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let [serve, kind, ports, taps, dir] = &args[..] else { return None };
+    let [serve, kind, ports, taps, first_tap, dir] = &args[..] else { return None };
     (serve == SERVE).then(|| {
         let ports = ports.parse().context("number of ports")?;
-        let taps = taps.parse().context("number of TAPs")?;
+        let taps: usize = taps.parse().context("number of TAPs")?;
+        let first_tap = first_tap.parse().context("number of the first TAP")?;
+        let taps = first_tap..first_tap + taps;
         match Kind::from_str(kind, false) {
-            Ok(Kind::Vhostd) => vhostd(dir.as_ref(), ports, taps, Poll::Busy),
+            Ok(Kind::Vhostd | Kind::Before) => vhostd(dir.as_ref(), ports, taps, Poll::Busy),
             Ok(Kind::VhostdAdaptive) => vhostd(dir.as_ref(), ports, taps, Poll::Adaptive),
-            Ok(Kind::Cable) => cable_end(dir.as_ref(), taps),
+            Ok(Kind::Cable) => cable_end(dir.as_ref(), taps.end),
             Ok(Kind::Limit) => limit(dir.as_ref()),
             _ => bail!("{kind} is no back end of ours"),
         }
@@ -36,21 +39,28 @@ pub fn serve_if_asked() -> Option<Result<()>> {
 }
 
 pub(super) fn command(kind: Kind, dir: &Path, shape: &Shape) -> Result<Command> {
-    let mut command = bound(std::env::current_exe()?);
+    let program = match kind {
+        Kind::Before => PathBuf::from(std::env::var_os(BEFORE).context("no program of before")?),
+        _ => std::env::current_exe()?,
+    };
+    let mut command = bound(program);
     let name = kind.to_possible_value().context("every kind has a name")?;
-    command.args([SERVE, name.get_name()]).args([shape.ports, shape.taps].map(|n| n.to_string())).arg(dir);
+    let numbers = [shape.ports, shape.taps, shape.first_tap].map(|n| n.to_string());
+    command.args([SERVE, name.get_name()]).args(numbers).arg(dir);
     Ok(command)
 }
 
 /// Both ends of the cable: the number of its TAP tells which.
 pub(super) fn cable(dir: &Path) -> Result<[Command; 2]> {
-    let end = |taps| command(Kind::Cable, dir, &Shape { ports: 1, taps, frame_max: 0, huge_pages: false });
+    let end = |first_tap| {
+        command(Kind::Cable, dir, &Shape { ports: 1, taps: 0, first_tap, frame_max: 0, huge_pages: false })
+    };
     Ok([end(0)?, end(1)?])
 }
 
-fn vhostd(dir: &Path, ports: usize, taps: usize, poll: Poll) -> Result<()> {
+fn vhostd(dir: &Path, ports: usize, taps: Range<usize>, poll: Poll) -> Result<()> {
     let sockets = (0..ports).map(|n| Ok(served(socket(dir, n))));
-    let taps = (0..taps).map(|n| opened(&tap(n)));
+    let taps = taps.map(|n| opened(&tap(n)));
     serve(BACKEND_CPU, poll, sockets.chain(taps))
 }
 

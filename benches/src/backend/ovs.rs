@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Backend, Kind, Shape, bound, tap};
+use super::{Backend, Kind, Shape, bound};
 use crate::{BACKEND_CPU, FRONTEND_CPU};
 
 /// The switch.
@@ -69,7 +69,7 @@ fn configuration(kind: Kind, shape: &Shape) -> Vec<String> {
         words.extend(port.split(' ').map(Into::into));
     }
     // A port of type internal is a TAP.
-    for tap in (0..shape.taps).map(tap) {
+    for tap in shape.tap_names() {
         let port = format!("-- add-port br {tap} -- set Interface {tap} type=internal");
         words.extend(port.split(' ').map(Into::into));
     }

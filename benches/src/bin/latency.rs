@@ -147,7 +147,8 @@ impl Row {
 /// One round: the times, and the load in millions of frames a second.
 fn measure(kind: Kind, load: Load, args: &Args, huge_pages: bool) -> Result<(Quantiles, f64)> {
     let time = Duration::from_secs_f64(args.seconds);
-    let mut backend = Backend::start(kind, &Shape { ports: 4, taps: 0, frame_max: FRAME, huge_pages })?;
+    let mut backend =
+        Backend::start(kind, &Shape { ports: 4, taps: 0, first_tap: 0, frame_max: FRAME, huge_pages })?;
     let sockets = backend.sockets();
     let mut probe = Probe::connect(&sockets[..2])?;
     let mut neighbours = None;

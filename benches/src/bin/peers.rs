@@ -1,9 +1,9 @@
 //! The same traffic through vhostd and through its peers, side by side.
 //!
-//! Light front ends on one core, the back end on another; frames of all directions added up. Rounds alternate between back
-//! ends, since machines drift; medians and the ratios round by round are what counts. vhostd and OVS NORMAL are learning
-//! switches, OVS flows has a rule each way, DPDK's testpmd passes frames on without a look, and the bare loop is what one
-//! copy a frame costs. The bare loop knows split rings only.
+//! Light front ends on one core, the back end on another; frames of all directions added up. The back ends of a case live side
+//! by side, and take turns on that core, each stopped while it is another's: machines drift, so rounds are short, and many;
+//! medians and the ratios round by round are what counts. vhostd and OVS NORMAL are learning switches, OVS flows has a rule
+//! each way, DPDK's testpmd passes frames on without a look, and the bare loop is what one copy a frame costs.
 //!
 //! `cargo run --release -p benches --bin peers -- --help`
 #![forbid(unsafe_code)]
@@ -26,8 +26,11 @@ use serde::Serialize;
 use vring::features;
 
 const LENGTHS: [usize; 7] = [64, 128, 256, 512, 1024, 1500, 9000];
-const KINDS: [Kind; 5] = [Kind::Vhostd, Kind::Dpdk, Kind::Limit, Kind::Ovs, Kind::OvsFlows];
+const KINDS: [Kind; 6] = [Kind::Vhostd, Kind::Before, Kind::Dpdk, Kind::Limit, Kind::Ovs, Kind::OvsFlows];
+const RATIOS: [&str; 3] = ["vhostd/DPDK", "vhostd/limit", "vhostd/before"];
 const WARM_UP: Duration = Duration::from_millis(200);
+/// The same for one that has had its core before.
+const SETTLE: Duration = Duration::from_millis(10);
 /// For a case in which switches that learn slowly have many addresses to learn.
 const WARM_UP_LEARNING: Duration = Duration::from_secs(2);
 
@@ -44,10 +47,10 @@ struct Args {
     #[arg(long, value_delimiter = ',')]
     backend: Vec<Kind>,
     /// Rounds of each case
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: u16,
     /// Seconds that each back end is measured in a round
-    #[arg(long, default_value_t = 0.5)]
+    #[arg(long, default_value_t = 0.05)]
     seconds: f64,
     /// Write the figures to this file
     #[arg(long)]
@@ -95,6 +98,11 @@ struct Case {
 }
 
 impl Case {
+    /// Whether a back end takes part. A build of before does what this one does.
+    fn has(&self, kind: Kind) -> bool {
+        self.kinds.contains(if kind == Kind::Before { &Kind::Vhostd } else { &kind })
+    }
+
     fn warm_up(&self) -> Duration {
         if self.part == Part::Stations { WARM_UP_LEARNING } else { WARM_UP }
     }
@@ -145,6 +153,7 @@ struct Row {
     mframes_per_second: BTreeMap<&'static str, Spread>,
     vhostd_to_dpdk: Option<Spread>,
     vhostd_to_limit: Option<Spread>,
+    vhostd_to_before: Option<Spread>,
 }
 
 #[derive(Serialize)]
@@ -165,7 +174,7 @@ fn main() -> Result<()> {
     let kinds: Vec<Kind> = KINDS.into_iter().filter(|kind| wanted(*kind, &args.backend)).collect();
     let mut cases = Case::matrix(args.all);
     cases.retain(|case| args.part.is_empty() || args.part.contains(&case.part));
-    cases.retain(|case| kinds.iter().any(|kind| case.kinds.contains(kind)));
+    cases.retain(|case| kinds.iter().any(|kind| case.has(*kind)));
     pin(FRONTEND_CPU);
     let mut rows: Vec<Row> = Vec::new();
     let count = cases.len();
@@ -194,6 +203,9 @@ fn wanted(kind: Kind, asked: &[Kind]) -> bool {
         return false;
     }
     if let Some(way_out) = kind.missing() {
+        if kind == Kind::Before && asked.is_empty() {
+            return false;
+        }
         println!("{} is not installed and left out: {way_out}", kind.name());
         return false;
     }
@@ -215,47 +227,74 @@ fn config(part: Part) -> LightConfig {
 /// All rounds of one case.
 fn measure(case: &Case, kinds: &[Kind], args: &Args, huge_pages: bool) -> Result<Row> {
     let time = Duration::from_secs_f64(args.seconds);
-    let shape = Shape { ports: case.ports, taps: 0, frame_max: case.traffic.longest(), huge_pages };
-    let mut figures: BTreeMap<Kind, Vec<f64>> = BTreeMap::new();
-    let mut disturbed = 0;
+    let about = |kind: Kind| format!("{}, {}: {}", case.part.title(), case.name, kind.name());
+    let mut contenders = Vec::new();
+    for kind in kinds.iter().copied().filter(|kind| case.has(*kind)) {
+        contenders.push(Contender::start(kind, case, huge_pages).with_context(|| about(kind))?);
+    }
     for _ in 0..args.rounds {
-        for kind in kinds.iter().copied().filter(|kind| case.kinds.contains(kind)) {
-            let (rate, disturbance) = rate(kind, &shape, case, time)
-                .with_context(|| format!("{}, {}: {}", case.part.title(), case.name, kind.name()))?;
-            disturbed += u32::from(disturbance);
-            figures.entry(kind).or_default().push(rate);
+        for contender in &mut contenders {
+            contender.turn(time).with_context(|| about(contender.kind))?;
         }
     }
-    let ratio = |to: Kind| Spread::of_ratios(figures.get(&Kind::Vhostd)?, figures.get(&to)?);
+    let rates = |kind: Kind| contenders.iter().find(|c| c.kind == kind).map(|c| &c.rates[..]);
+    let ratio = |to: Kind| Spread::of_ratios(rates(Kind::Vhostd)?, rates(to)?);
     Ok(Row {
         part: case.part,
         case: case.name.clone(),
         ports: case.ports,
-        disturbed,
+        disturbed: contenders.iter().map(|c| c.disturbed).sum(),
         vhostd_to_dpdk: ratio(Kind::Dpdk),
         vhostd_to_limit: ratio(Kind::Limit),
-        mframes_per_second: figures.iter().filter_map(|(k, v)| Some((k.name(), Spread::of(v)?))).collect(),
+        vhostd_to_before: ratio(Kind::Before),
+        mframes_per_second: contenders
+            .iter()
+            .filter_map(|c| Some((c.kind.name(), Spread::of(&c.rates)?)))
+            .collect(),
     })
 }
 
-/// Millions of frames a second through a back end of its own, and whether other programs took part in that.
-fn rate(kind: Kind, shape: &Shape, case: &Case, time: Duration) -> Result<(f64, bool)> {
-    let mut backend = Backend::start(kind, shape)?;
-    let mut guests = Guests::connect(&backend.sockets(), &config(case.part), &case.traffic)?;
-    guests.warm_up(case.warm_up())?;
-    let (rate, disturbed) = guests.undisturbed_rate(&mut backend, time)?;
-    Ok((rate / 1e6, disturbed))
+/// A back end of a case, with front ends of its own; stopped when it is another's turn.
+struct Contender {
+    kind: Kind,
+    backend: Backend,
+    guests: Guests,
+    /// Millions of frames a second, round by round.
+    rates: Vec<f64>,
+    /// Rounds in which other programs took processor time.
+    disturbed: u32,
+}
+
+impl Contender {
+    fn start(kind: Kind, case: &Case, huge_pages: bool) -> Result<Self> {
+        let shape =
+            Shape { ports: case.ports, taps: 0, first_tap: 0, frame_max: case.traffic.longest(), huge_pages };
+        let mut backend = Backend::start(kind, &shape)?;
+        let mut guests = Guests::connect(&backend.sockets(), &config(case.part), &case.traffic)?;
+        guests.warm_up(case.warm_up())?;
+        backend.pause()?;
+        Ok(Self { kind, backend, guests, rates: Vec::new(), disturbed: 0 })
+    }
+
+    fn turn(&mut self, time: Duration) -> Result<()> {
+        self.backend.resume()?;
+        self.guests.warm_up(SETTLE)?;
+        let (rate, disturbed) = self.guests.undisturbed_rate(&mut self.backend, time)?;
+        self.rates.push(rate / 1e6);
+        self.disturbed += u32::from(disturbed);
+        self.backend.pause()
+    }
 }
 
 fn print_head(part: Part, kinds: &[Kind]) {
     println!("\n{}; millions of frames a second, median and half the spread", part.title());
-    let columns = kinds.iter().map(|kind| kind.name()).chain(["vhostd/DPDK", "vhostd/limit"]);
+    let columns = kinds.iter().map(|kind| kind.name()).chain(RATIOS);
     println!("{:>8}{}", "", columns.map(|name| format!("{name:>14}")).collect::<String>());
 }
 
 fn print_row(row: &Row, kinds: &[Kind]) {
     let figures = kinds.iter().map(|kind| row.mframes_per_second.get(kind.name()).copied());
-    let columns = figures.chain([row.vhostd_to_dpdk, row.vhostd_to_limit]);
+    let columns = figures.chain([row.vhostd_to_dpdk, row.vhostd_to_limit, row.vhostd_to_before]);
     let cell = |spread: Option<Spread>| spread.map_or_else(|| format!("{:>14}", "-"), |s| format!("{s:>14}"));
     let disturbed = if row.disturbed == 0 { "" } else { "  disturbed by other programs" };
     println!("{:>8}{}{disturbed}", row.case, columns.map(cell).collect::<String>());

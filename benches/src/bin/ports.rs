@@ -67,7 +67,7 @@ fn raise_limit() -> Result<()> {
 }
 
 fn start(kind: Kind, ports: u16, frame_max: usize) -> Result<Backend> {
-    Backend::start(kind, &Shape { ports: ports.into(), taps: 0, frame_max, huge_pages: false })
+    Backend::start(kind, &Shape { ports: ports.into(), taps: 0, first_tap: 0, frame_max, huge_pages: false })
 }
 
 /// The rate of two busy front ends alone and beside the others.

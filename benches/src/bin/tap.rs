@@ -3,7 +3,8 @@
 //! Frames: a light front end and a load on one core, the back end on the other. *To the host*, the front end sends and the
 //! kernel counts what the TAP received. *To the guest*, frames that are written to another TAP are redirected by tc, so that
 //! they cost their sender little, and the front end counts. A bare loop that writes, or reads, one frame a system call and
-//! does nothing else with it is the limit of that way.
+//! does nothing else with it is the limit of that way. All of them live side by side and take turns, each stopped while it is
+//! another's: machines drift, so rounds are short, and many.
 //!
 //! TCP (`--tcp`): iperf3 in two network namespaces, each with a TAP of the back end; for comparison, a veth between them.
 //!
@@ -16,7 +17,7 @@ use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -38,6 +39,8 @@ const STRIDE: usize = 2304;
 /// Frames that the load sends before it looks at the front end.
 const LOAD_BURST: usize = 32;
 const WARM_UP: Duration = Duration::from_millis(300);
+/// The same for one that has had its core before.
+const SETTLE: Duration = Duration::from_millis(10);
 /// How long a back end may take until the first frame is through, or a program until it is ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -57,12 +60,12 @@ struct Args {
     #[arg(long, value_delimiter = ',', default_value = "64,1500",
         value_parser = clap::value_parser!(u16).range(60..=1514))]
     length: Vec<u16>,
-    /// Rounds of each case
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
-    rounds: u16,
-    /// Seconds of each measurement
-    #[arg(long, default_value_t = 0.5)]
-    seconds: f64,
+    /// Rounds of each case: 30 of frames, 3 of TCP
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
+    rounds: Option<u16>,
+    /// Seconds of each measurement: 0.05 of frames, 1 of TCP
+    #[arg(long)]
+    seconds: Option<f64>,
 }
 
 /// Who moves frames: a back end, or the limit.
@@ -90,6 +93,7 @@ fn ways(kinds: &[Kind], args: &Args) -> Vec<Way> {
     for kind in kinds.iter().copied().filter(|kind| args.backend.is_empty() || args.backend.contains(kind)) {
         match kind.missing() {
             None => ways.push(Some(kind)),
+            Some(_) if kind == Kind::Before && args.backend.is_empty() => {}
             Some(way_out) => println!("{} is not installed and left out: {way_out}", kind.name()),
         }
     }
@@ -125,23 +129,29 @@ enum Direction {
 }
 
 fn all_frames(args: &Args) -> Result<()> {
-    let ways = ways(&[Kind::Vhostd, Kind::Dpdk, Kind::Ovs, Kind::CloudHypervisor], args);
+    let ways = ways(&[Kind::Vhostd, Kind::Before, Kind::Dpdk, Kind::Ovs, Kind::CloudHypervisor], args);
+    let (rounds, seconds) = (args.rounds.unwrap_or(30), args.seconds.unwrap_or(0.05));
     print_head("millions of frames a second", "bare loop", &ways);
     pin(FRONTEND_CPU);
     for (direction, name) in [(Direction::Host, "to host"), (Direction::Guest, "to guest")] {
         for len in args.length.iter().filter(|_| args.to.is_none_or(|to| to == direction)) {
-            let mut figures: BTreeMap<Way, Vec<f64>> = BTreeMap::new();
-            let mut disturbed = false;
-            // It waits for a kick of the RX ring, which our front end never gives.
+            let about =
+                |way: Way| format!("{name}, {len} B: {}", way.map_or("bare loop", |kind| kind.name()));
+            let mut contenders = Vec::new();
+            // Cloud Hypervisor waits for a kick of the RX ring, which our front end never gives.
             let measured = |way: &&Way| direction == Direction::Host || **way != Some(Kind::CloudHypervisor);
-            for way in (0..args.rounds).flat_map(|_| ways.iter().filter(measured)) {
-                let rate = frames(*way, direction, usize::from(*len), args.seconds);
-                let (rate, disturbance) = rate
-                    .with_context(|| format!("{name}, {len} B: {}", way.map_or("bare loop", Kind::name)))?;
-                disturbed |= disturbance;
-                figures.entry(*way).or_default().push(rate / 1e6);
+            for (n, way) in ways.iter().filter(measured).enumerate() {
+                let contender = Contender::start(*way, n, direction, usize::from(*len));
+                contenders.push(contender.with_context(|| about(*way))?);
             }
-            let note = if disturbed { " *" } else { "" };
+            for _ in 0..rounds {
+                for contender in &mut contenders {
+                    let turn = contender.turn(Duration::from_secs_f64(seconds));
+                    turn.with_context(|| about(contender.way))?;
+                }
+            }
+            let note = if contenders.iter().any(|contender| contender.disturbed) { " *" } else { "" };
+            let figures = contenders.iter().map(|c| (c.way, c.rates.clone())).collect();
             print_row(&format!("{name}, {len} B{note}"), &figures, &ways);
         }
     }
@@ -149,35 +159,120 @@ fn all_frames(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Frames a second through one way, started for this, and whether other programs took part in that.
-fn frames(way: Way, direction: Direction, len: usize, seconds: f64) -> Result<(f64, bool)> {
-    let time = Duration::from_secs_f64(seconds);
-    let Some(kind) = way else {
-        let bare = Bare::start(direction, len)?;
-        return Traffic::start(direction, len, None)?.rate(time, None, || bare.read.load(Ordering::Relaxed));
-    };
-    let huge_pages = Machine::here().huge_pages;
-    let mut backend = Backend::start(kind, &Shape { ports: 1, taps: 1, frame_max: len, huge_pages })?;
-    let guest = LightGuest::connect(&backend.sockets()[0], &LightConfig::default())?;
-    let rate = Traffic::start(direction, len, Some(guest))?.rate(time, Some(&mut backend), || 0);
-    drop(backend);
-    // OVS makes its TAP persistent.
-    let _ = run(&["ip", "link", "delete", &tap(0)]);
-    rate
+/// One way, with a TAP of its own; stopped when it is another's turn.
+struct Contender {
+    way: Way,
+    mover: Mover,
+    traffic: Traffic,
+    /// Millions of frames a second, round by round.
+    rates: Vec<f64>,
+    /// Other programs took part in a round.
+    disturbed: bool,
+}
+
+/// What moves frames.
+enum Mover {
+    Bare(Bare),
+    Backend(Backend),
+}
+
+impl Contender {
+    fn start(way: Way, number: usize, direction: Direction, len: usize) -> Result<Self> {
+        let (mover, guest) = match way {
+            None => (Mover::Bare(Bare::start(number, direction, len)?), None),
+            Some(kind) => {
+                let huge_pages = Machine::here().huge_pages;
+                let shape = Shape { ports: 1, taps: 1, first_tap: number, frame_max: len, huge_pages };
+                let backend = Backend::start(kind, &shape)?;
+                let guest = LightGuest::connect(&backend.sockets()[0], &LightConfig::default())?;
+                (Mover::Backend(backend), Some(guest))
+            }
+        };
+        let traffic = Traffic::start(number, direction, len, guest)?;
+        let mut contender = Self { way, mover, traffic, rates: Vec::new(), disturbed: false };
+        let start = Instant::now();
+        while contender.arrived()? == 0 {
+            ensure!(start.elapsed() < READY_TIMEOUT, "no frame arrives");
+            contender.traffic.run_for(Duration::from_millis(1));
+        }
+        contender.traffic.run_for(WARM_UP);
+        contender.pause()?;
+        Ok(contender)
+    }
+
+    /// Frames that arrived so far: at the front end, at the bare loop, or at the kernel.
+    fn arrived(&self) -> Result<u64> {
+        match (&self.traffic.load, &self.mover) {
+            (None, _) => Ok(kernel_received(&self.traffic.tap)?.0),
+            (Some(_), Mover::Bare(bare)) => Ok(bare.read.load(Ordering::Relaxed)),
+            (Some(_), Mover::Backend(_)) => Ok(self.traffic.received),
+        }
+    }
+
+    fn turn(&mut self, time: Duration) -> Result<()> {
+        match &self.mover {
+            Mover::Bare(bare) => bare.resume(),
+            Mover::Backend(backend) => backend.resume()?,
+        }
+        self.traffic.run_for(SETTLE);
+        let mut tries = 0;
+        loop {
+            let watch = match &self.mover {
+                Mover::Backend(backend) => Some(Watch::start(backend)),
+                Mover::Bare(_) => None,
+            };
+            let (start, before) = (Instant::now(), self.arrived()?);
+            self.traffic.run_for(time);
+            let rate = (self.arrived()? - before) as f64 / start.elapsed().as_secs_f64();
+            let disturbed = match (watch, &mut self.mover) {
+                (Some(watch), Mover::Backend(backend)) => watch.disturbed(backend)?,
+                _ => false,
+            };
+            tries += 1;
+            if !disturbed || tries == TRIES {
+                self.rates.push(rate / 1e6);
+                self.disturbed |= disturbed;
+                return self.pause();
+            }
+        }
+    }
+
+    fn pause(&mut self) -> Result<()> {
+        match &mut self.mover {
+            Mover::Bare(bare) => bare.pause(),
+            Mover::Backend(backend) => backend.pause()?,
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Contender {
+    fn drop(&mut self) {
+        // OVS makes its TAP persistent. Others' goes with them.
+        if self.way == Some(Kind::Ovs) {
+            let _ = run(&["ip", "link", "delete", &self.traffic.tap]);
+        }
+    }
 }
 
 /// A loop that reads or writes the TAP and does nothing else.
 struct Bare {
-    stop: Arc<AtomicBool>,
+    state: Arc<AtomicU8>,
     read: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
 
+/// States of it. `PAUSING` until it has seen that.
+const RUNNING: u8 = 0;
+const PAUSING: u8 = 1;
+const PAUSED: u8 = 2;
+const STOPPED: u8 = 3;
+
 impl Bare {
-    fn start(direction: Direction, len: usize) -> Result<Self> {
-        let queue = TapQueue::create(&tap(0), false)?;
-        let (stop, read) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let (stopped, count) = (stop.clone(), read.clone());
+    fn start(number: usize, direction: Direction, len: usize) -> Result<Self> {
+        let queue = TapQueue::create(&tap(number), false)?;
+        let (state, read) = (Arc::new(AtomicU8::new(RUNNING)), Arc::new(AtomicU64::new(0)));
+        let (seen, count) = (state.clone(), read.clone());
         let thread = std::thread::spawn(move || {
             pin(BACKEND_CPU);
             // As many buffers as a ring has, as far apart.
@@ -185,7 +280,16 @@ impl Bare {
             let mut buffers = vec![0; BUFFERS * STRIDE];
             buffers.chunks_mut(STRIDE).for_each(|buffer| buffer[..sent.len()].copy_from_slice(&sent));
             let mut buffers = buffers.chunks(STRIDE).cycle();
-            while !stopped.load(Ordering::Relaxed) {
+            loop {
+                match seen.load(Ordering::Relaxed) {
+                    RUNNING => {}
+                    STOPPED => return,
+                    _ => {
+                        let _ = seen.compare_exchange(PAUSING, PAUSED, Ordering::Relaxed, Ordering::Relaxed);
+                        std::thread::park();
+                        continue;
+                    }
+                }
                 match direction {
                     // Not up yet: the kernel says so.
                     Direction::Host => {
@@ -200,13 +304,29 @@ impl Bare {
                 }
             }
         });
-        Ok(Self { stop, read, thread: Some(thread) })
+        Ok(Self { state, read, thread: Some(thread) })
+    }
+
+    fn pause(&self) {
+        self.state.store(PAUSING, Ordering::Relaxed);
+        while self.state.load(Ordering::Relaxed) == PAUSING {
+            std::thread::yield_now();
+        }
+    }
+
+    fn resume(&self) {
+        self.set(RUNNING);
+    }
+
+    fn set(&self, state: u8) {
+        self.state.store(state, Ordering::Relaxed);
+        self.thread.iter().for_each(|thread| thread.thread().unpark());
     }
 }
 
 impl Drop for Bare {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+        self.set(STOPPED);
         // It ends with the TAP closed: the next one may have its name.
         let _ = self.thread.take().map(JoinHandle::join);
     }
@@ -219,6 +339,8 @@ fn with_header(len: usize) -> Vec<u8> {
 
 /// What this thread does: sends, or lets the front end send.
 struct Traffic {
+    /// The back end's.
+    tap: String,
     /// Frames written here come out of the TAP.
     load: Option<TapQueue>,
     sent: Vec<u8>,
@@ -227,15 +349,15 @@ struct Traffic {
 }
 
 impl Traffic {
-    fn start(direction: Direction, len: usize, mut guest: Option<LightGuest>) -> Result<Self> {
-        run(&["ip", "link", "set", &tap(0), "up"])?;
+    fn start(number: usize, direction: Direction, len: usize, mut guest: Option<LightGuest>) -> Result<Self> {
+        run(&["ip", "link", "set", &tap(number), "up"])?;
         let to_host = direction == Direction::Host;
         if let Some(guest) = &mut guest {
             let sent = frame(0, 1, len);
             guest.load(if to_host { std::slice::from_ref(&sent) } else { &[] });
         }
-        let load = if to_host { None } else { Some(redirected()?) };
-        Ok(Self { load, sent: with_header(len), guest, received: 0 })
+        let load = if to_host { None } else { Some(redirected(number)?) };
+        Ok(Self { tap: tap(number), load, sent: with_header(len), guest, received: 0 })
     }
 
     #[inline]
@@ -259,52 +381,22 @@ impl Traffic {
             }
         }
     }
-
-    /// Frames a second that arrived: at the front end, at the bare loop (`read`), or at the kernel.
-    fn rate(
-        mut self,
-        time: Duration,
-        mut backend: Option<&mut Backend>,
-        read: impl Fn() -> u64,
-    ) -> Result<(f64, bool)> {
-        let arrived = |traffic: &Self| match traffic.load {
-            None => kernel_received(&tap(0)).map(|(frames, _)| frames),
-            Some(_) => Ok(traffic.received + read()),
-        };
-        let start = Instant::now();
-        while arrived(&self)? == 0 {
-            ensure!(start.elapsed() < READY_TIMEOUT, "no frame arrives");
-            self.run_for(Duration::from_millis(1));
-        }
-        self.run_for(WARM_UP);
-        let mut tries = 0;
-        loop {
-            let watch = backend.as_deref().map(Watch::start);
-            let (start, before) = (Instant::now(), arrived(&self)?);
-            self.run_for(time);
-            let rate = (arrived(&self)? - before) as f64 / start.elapsed().as_secs_f64();
-            let disturbed = match (watch, backend.as_deref_mut()) {
-                (Some(watch), Some(backend)) => watch.disturbed(backend)?,
-                _ => false,
-            };
-            tries += 1;
-            if !disturbed || tries == TRIES {
-                return Ok((rate, disturbed));
-            }
-        }
-    }
 }
 
 /// A TAP: what is written to it comes out of the back end's.
-fn redirected() -> Result<TapQueue> {
-    let load = TapQueue::create("load", false)?;
-    let to = tap(0);
-    let filter =
-        "tc filter add dev load ingress protocol all u32 match u32 0 0 action mirred egress redirect dev";
-    run(&["ip", "link", "set", "load", "up"])?;
-    run(&["tc", "qdisc", "replace", "dev", &to, "root", "noqueue"])?;
-    run(&["tc", "qdisc", "add", "dev", "load", "clsact"])?;
-    run(&filter.split(' ').chain([to.as_str()]).collect::<Vec<_>>())?;
+fn redirected(number: usize) -> Result<TapQueue> {
+    let (name, to) = (format!("load{number}"), tap(number));
+    let load = TapQueue::create(&name, false)?;
+    run(&["ip", "link", "set", &name, "up"])?;
+    for line in [
+        format!("qdisc replace dev {to} root noqueue"),
+        format!("qdisc add dev {name} clsact"),
+        format!(
+            "filter add dev {name} ingress protocol all u32 match u32 0 0 action mirred egress redirect dev {to}"
+        ),
+    ] {
+        run(&["tc"].into_iter().chain(line.split(' ')).collect::<Vec<_>>())?;
+    }
     Ok(load)
 }
 
@@ -334,8 +426,8 @@ fn all_tcp(args: &Args) -> Result<()> {
     let ways = ways(&[Kind::VhostdAdaptive, Kind::Cable, Kind::Dpdk, Kind::Ovs, Kind::OvsTso], args);
     print_head("TCP, Gbit/s", "veth", &ways);
     let (mut rates, mut lengths) = (BTreeMap::<Way, Vec<f64>>::new(), BTreeMap::<Way, Vec<f64>>::new());
-    for way in (0..args.rounds).flat_map(|_| &ways) {
-        let measured = tcp(*way, args.seconds);
+    for way in (0..args.rounds.unwrap_or(3)).flat_map(|_| &ways) {
+        let measured = tcp(*way, args.seconds.unwrap_or(1.0));
         let (rate, length) = measured.with_context(|| way.map_or("veth", Kind::name).to_owned())?;
         rates.entry(*way).or_default().push(rate);
         lengths.entry(*way).or_default().push(length);
@@ -389,10 +481,14 @@ fn tcp(way: Way, seconds: f64) -> Result<(f64, f64)> {
     let namespaces = [Namespace::new()?, Namespace::new()?];
     let huge_pages = Machine::here().huge_pages;
     let backend = match way {
-        Some(Kind::Cable) => {
-            Some(Backend::start(Kind::Cable, &Shape { ports: 1, taps: 2, frame_max: 1500, huge_pages })?)
-        }
-        Some(kind) => Some(Backend::start(kind, &Shape { ports: 0, taps: 2, frame_max: 1500, huge_pages })?),
+        Some(Kind::Cable) => Some(Backend::start(
+            Kind::Cable,
+            &Shape { ports: 1, taps: 2, first_tap: 0, frame_max: 1500, huge_pages },
+        )?),
+        Some(kind) => Some(Backend::start(
+            kind,
+            &Shape { ports: 0, taps: 2, first_tap: 0, frame_max: 1500, huge_pages },
+        )?),
         None => {
             let veth = format!("ip link add {} type veth peer name {}", tap(0), tap(1));
             run(&veth.split(' ').collect::<Vec<_>>())?;

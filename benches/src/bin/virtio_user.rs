@@ -138,7 +138,8 @@ fn main() -> Result<()> {
     println!("{:>8}{:>8}{:>14}{:>14}{:>14}", "bytes", "rings", "vhostd", "DPDK io", "vhostd/DPDK");
     for packed in [false, true] {
         for len in &args.length {
-            let shape = Shape { ports: 2, taps: 0, frame_max: *len, huge_pages: machine.huge_pages };
+            let shape =
+                Shape { ports: 2, taps: 0, first_tap: 0, frame_max: *len, huge_pages: machine.huge_pages };
             let (mut ours, mut theirs) = (Vec::new(), Vec::new());
             for _ in 0..args.rounds {
                 ours.push(rate(Kind::Vhostd, &shape, packed, args.seconds)?);
