@@ -298,22 +298,18 @@ impl Deliverer {
     }
 
     fn write(&mut self, queue: &TapPort, burst: &Burst<'_>, select: u64) {
-        let (mut frames, mut bytes, mut gso) = (0, 0, 0);
+        let (mut sent, mut bytes) = (0u64, 0);
         for frame in each(select) {
-            if let Some(next) = each(select & u64::MAX << frame << 1).next() {
-                burst.prefetch(next);
-            }
-            let header = VnetHeader::from_bytes(burst.header(frame));
             match burst.write_to(frame, queue.queue.as_fd(), &mut self.gathered) {
                 Ok(_) => {
-                    frames += 1;
+                    sent |= 1 << frame;
                     bytes += u64::from(burst.frame_len(frame));
-                    gso += u64::from(header.is_gso());
                 }
                 Err(error) => self.tap_refused(&queue.tx, &error),
             }
         }
-        queue.tx.burst(frames, bytes, gso);
+        let gso = if self.plain { 0 } else { gso_frames(burst, sent) };
+        queue.tx.burst(sent.count_ones().into(), bytes, gso);
     }
 
     #[cold]

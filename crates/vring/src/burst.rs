@@ -12,7 +12,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use crate::copy::{copy, prefetch};
+use crate::copy::{copy, copy_by_line, wide_registers};
 
 /// Frames in a burst at the most.
 pub const BURST_MAX: usize = 64;
@@ -436,16 +436,6 @@ impl<'m> Burst<'m> {
         });
     }
 
-    /// Asks the cache for what follows the head of a frame of usual length, which is to be written next.
-    #[inline]
-    pub fn prefetch(&self, index: usize) {
-        if let Some((at, len)) = self.single_tail(index)
-            && len <= SHORT
-        {
-            (0..len).step_by(64).for_each(|line| prefetch(at.wrapping_add(line)));
-        }
-    }
-
     /// Writes header and frame, padded with zeros to the 60 bytes of a wire's shortest, to `fd` by one system call;
     /// returns what the kernel took. A short frame, and a chain of more pieces than a call takes, are gathered into
     /// `scratch` first.
@@ -464,13 +454,11 @@ impl<'m> Burst<'m> {
         // SAFETY: heads, zeros and `scratch` are ours; a tail is readable for the burst's lifetime.
         unsafe {
             match self.single_tail(index) {
-                Some((_, 0)) if padding.iov_len == 0 => write(fd, private),
+                Some((_, 0)) if padding.iov_len == 0 => Ok(rustix::io::write(fd, head)?),
                 Some((_, 0)) => writev(fd, &[private, padding]),
                 Some((_, len)) if len <= SHORT => {
-                    scratch.clear();
-                    scratch.extend_from_slice(&head[..HEADER_LEN]);
-                    self.gather(index, scratch);
-                    write(fd, iovec(scratch.as_ptr(), scratch.len()))
+                    join(self, index, scratch);
+                    Ok(rustix::io::write(fd, scratch)?)
                 }
                 Some((at, len)) => writev(fd, &[private, iovec(at, len)]),
                 None => self.write_chain(index, fd, padding, scratch),
@@ -586,21 +574,28 @@ impl<'m> Burst<'m> {
     }
 }
 
+wide_registers! {
+    /// Puts the head of a frame of usual length, and its tail, one behind the other.
+    fn join(burst: &Burst<'_>, index: usize, to: &mut Vec<u8>) -> () {{
+        let (at, len) = burst.single_tail(index).unwrap_or((std::ptr::null(), 0));
+        let len = len.min(SHORT);
+        to.clear();
+        to.reserve(HEAD_LEN + SHORT);
+        // SAFETY: there is room for a head and as many bytes as are copied behind it, which are readable for the burst's
+        // lifetime. All of them are initialised when the length covers them.
+        unsafe {
+            copy_by_line(burst.frames.heads[slot(index)].0.as_ptr(), to.as_mut_ptr(), HEAD_LEN);
+            copy_by_line(at, to.as_mut_ptr().add(HEAD_LEN), len);
+            to.set_len(HEAD_LEN + len);
+        }
+    }}
+}
+
 fn iovec(at: *const u8, len: usize) -> libc::iovec {
     libc::iovec { iov_base: at.cast_mut().cast(), iov_len: len }
 }
 
-/// write(2), but not libc's: that is a point of cancellation, which costs a sixth of the call when there are threads.
-///
-/// # Safety
-/// `piece` is readable. Guests may change the bytes meanwhile, which the kernel tolerates.
-unsafe fn write(fd: BorrowedFd<'_>, piece: libc::iovec) -> io::Result<usize> {
-    // SAFETY: the kernel only reads, from memory that the caller vouches for.
-    let written = unsafe { libc::syscall(libc::SYS_write, fd.as_raw_fd(), piece.iov_base, piece.iov_len) };
-    usize::try_from(written).map_err(|_| io::Error::last_os_error())
-}
-
-/// The same as writev(2).
+/// writev(2), but not libc's: that is a point of cancellation, which costs a sixth of the call when there are threads.
 ///
 /// # Safety
 /// All `pieces` are readable. Guests may change the bytes meanwhile, which the kernel tolerates.

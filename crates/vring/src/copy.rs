@@ -89,6 +89,27 @@ pub(crate) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
     }
 }
 
+/// As [`copy`], line by line in registers. Where system calls come between copies, the C library's function takes longer to
+/// find its way than to copy a frame of usual length: three of a hundred cycles that a frame costs on its way to a TAP.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+pub(crate) unsafe fn copy_by_line(from: *const u8, to: *mut u8, len: usize) {
+    let Some(last) = len.checked_sub(64) else {
+        // SAFETY: the caller's promise, unchanged.
+        return unsafe { copy(from, to, len) };
+    };
+    // SAFETY: the caller's promise: lines begin at multiples of 64 below the beginning of the last one, which may share bytes
+    // with the one before, and ends at `len`.
+    unsafe {
+        for at in (0..last).step_by(64) {
+            copy_64(from.add(at), to.add(at));
+        }
+        copy_64(from.add(last), to.add(last));
+    }
+}
+
 /// As [`copy`], for two places in guest memory: a guest may lay its TX and RX buffers over each other.
 ///
 /// # Safety
