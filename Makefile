@@ -36,7 +36,7 @@ demo:
 
 # All targets in one build, so that the features of dependencies are the same for the daemon and for the tests.
 test:
-	tests/setup.sh build guest netdevsim dpdk ovs ovn fuzz python
+	tests/setup.sh build guest netdevsim dpdk ovs ovn lldpad fuzz python
 	cargo build --workspace --bins --tests
 	cargo test --workspace
 	cargo test --workspace --config 'target."cfg(unix)".runner = "$(CARGO_TARGET_DIR)/debug/guest"' $(IN_GUEST)
@@ -53,7 +53,7 @@ nova:
 	integrations/os-vif/check.sh nova
 
 soak:
-	tests/setup.sh build guest dpdk ovs ovn fuzz
+	tests/setup.sh build guest dpdk ovs ovn lldpad fuzz
 	cargo build --release --workspace --bins --tests
 	VHOSTD_SOAK=1 cargo test --release -p e2e -p vhost-user
 	VHOSTD_SOAK=1 $(ASAN)

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Gets a Debian 12 machine ready: setup.sh [build] [guest] [netdevsim] [dpdk] [ovs] [ovn] [fuzz] [python] [nova] [lint]
+# Gets a Debian 12 machine ready: setup.sh [build] [guest] [netdevsim] [dpdk] [ovs] [ovn] [lldpad] [fuzz] [python] [nova] [lint]
 #
 #   build      a linker, and a look at the Rust tool chain, which is not ours to install
 #   guest      QEMU, and the test guest in target/guest (guest/build.sh)
@@ -7,6 +7,7 @@
 #   dpdk       dpdk-testpmd
 #   ovs        Open vSwitch, with DPDK and without; its services are not started
 #   ovn        OVN, for two hosts with Open vSwitch; its services are not started
+#   lldpad     lldpad, for one host; its service is not started
 #   fuzz       cargo-fuzz; a nightly tool chain is not ours to install
 #   python     os-vif, and what builds a Python package
 #   nova       virtual environments
@@ -39,6 +40,7 @@ needs() {
             /usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk:openvswitch-switch-dpdk
         ;;
     ovn) echo ovn-controller:ovn-host ovn-northd:ovn-central ip:iproute2 ping:iputils-ping iperf3:iperf3 ;;
+    lldpad) echo lldpad:lldpad ;;
     fuzz) echo c++:g++ ;;
     python)
         local modules=/usr/lib/python3/dist-packages
@@ -46,7 +48,7 @@ needs() {
         ;;
     nova) echo /usr/lib/python3.11/ensurepip:python3-venv ;;
     lint) ;;
-    *) fail "unknown part: $1 (parts: build guest netdevsim dpdk ovs ovn fuzz python nova lint)" ;;
+    *) fail "unknown part: $1 (parts: build guest netdevsim dpdk ovs ovn lldpad fuzz python nova lint)" ;;
     esac
 }
 
@@ -101,7 +103,7 @@ check_fuzz() {
     cargo fuzz --version >/dev/null 2>&1 || cargo install --quiet --locked cargo-fuzz
 }
 
-[ $# -gt 0 ] || set -- build guest netdevsim dpdk ovs ovn fuzz python nova lint
+[ $# -gt 0 ] || set -- build guest netdevsim dpdk ovs ovn lldpad fuzz python nova lint
 needs=()
 for part; do
     words=$(needs "$part")

@@ -19,6 +19,7 @@
 //!            8021Qbg, 8021Qbh    the same, and the switch outside is told of it
 //! VIFHostDevice, no profile        PCI device dev_address is the guest's card
 //!            OVSRepresentor      the same, its representor is in the network's bridge of Open vSwitch
+//!            8021Qbh             the same, and the switch outside is told of it; a virtual function that gets the VIF's address
 //! VIFNestedDPDK, none, K8sDPDK     the PCI device of that MAC address is a container's in this guest, which drives it by DPDK
 //! ```
 //!
@@ -50,7 +51,8 @@ const SUPPORTED: &str = "supported are VIFVHostUser without port profile and wit
                          VIFPortProfileFPBridge, VIFPortProfileFPOpenVSwitch, VIFPortProfileOpenVSwitch or \
                          VIFPortProfileOVSRepresentor, VIFOpenVSwitch, VIFBridge, VIFGeneric, VIFDirect without port \
                          profile and with VIFPortProfile8021Qbg or VIFPortProfile8021Qbh, VIFHostDevice without port \
-                         profile and with VIFPortProfileOVSRepresentor, and VIFNestedDPDK without port profile and \
+                         profile and with VIFPortProfileOVSRepresentor or (dev_type ethernet) \
+                         VIFPortProfile8021Qbh, and VIFNestedDPDK without port profile and \
                          with VIFPortProfileK8sDPDK";
 
 /// The plug that serves a VIF, through `socket` if one is given: instead of the guest's VMM we open its TAP then.

@@ -17,6 +17,7 @@
 //! before anything is done. An admitted request runs to its end even if whoever asked goes away.
 
 mod announce;
+mod association;
 mod bridge;
 mod device;
 mod error;

@@ -204,9 +204,17 @@ pub enum SpecError {
         "a device's port in Open vSwitch is its representor: leave out attach, socket, guest and hybrid there"
     )]
     RepresentorIsPort,
-    /// Only an ethernet device gets one.
-    #[error("a VLAN is for an ethernet device: ask for one, or leave the VLAN out")]
-    VlanWithoutEthernet,
+    /// It is set through a physical function.
+    #[error("{0} is for an ethernet device: ask for one, or leave it out")]
+    WithoutEthernet(&'static str),
+    /// lldpad knows interfaces.
+    #[error(
+        "a switch is told of a device by 802.1Qbh: ask for that, or for a macvtap, of which it is told by 802.1Qbg, too"
+    )]
+    ProfileOfDevice,
+    /// It is the switch's to say.
+    #[error("a port profile says how the switch treats the device: leave out vlan")]
+    ProfileAlone,
     /// Nobody is to connect to it.
     #[error("a socket of the switch is for attach vhost_user: leave out spec.to.socket, or ask for that")]
     StraySocket,
@@ -237,7 +245,8 @@ impl SpecError {
             Self::EthernetWithoutMac => Some("spec.mac"),
             Self::DeviceBehindSocket => Some("spec.to"),
             Self::RepresentorIsPort => Some("spec.to.port"),
-            Self::VlanWithoutEthernet => Some("spec.to.vlan"),
+            Self::WithoutEthernet(field) => Some(field),
+            Self::ProfileOfDevice | Self::ProfileAlone => Some("spec.to.profile"),
         }
     }
 }

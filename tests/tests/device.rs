@@ -69,6 +69,12 @@ impl Host {
         self.daemon.command(&["plug", "-f", path.to_str().unwrap()])
     }
 
+    fn dry_run(&self, document: &Value) -> Result<String> {
+        let path = self.daemon.socket("document.json");
+        fs::write(&path, document.to_string())?;
+        self.daemon.run(&["plug", "-f", path.to_str().unwrap(), "--dry-run"])
+    }
+
     fn plugged(&self, document: &Value) -> Result<()> {
         let output = self.plug(document)?;
         ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -131,9 +137,7 @@ fn a_device_is_given_to_the_guest_and_given_back_also_after_a_kill() -> Result<(
     let mut host = Host::start(0, |_| Ok("driver = \"vfio-pci\"\n".into()))?;
     let before = host.state()?;
     let vif = host_device("generic");
-    let path = host.daemon.socket("dry.json");
-    fs::write(&path, vif.to_string())?;
-    let dry = host.daemon.run(&["plug", "-f", path.to_str().unwrap(), "--dry-run"])?;
+    let dry = host.dry_run(&vif)?;
     assert!(dry.contains("bind 0000:03:00.1 to driver vfio-pci, which is bound to igbvf"), "{dry}");
     assert_eq!(host.state()?, before);
     for round in 0..2 {
@@ -223,6 +227,15 @@ fn what_no_guest_can_have_is_refused_and_untouched() -> Result<()> {
     refused(&generic(json!({"address": "0000:09:00.0"})), PRECONDITION, "no PCI device 0000:09:00.0")?;
     refused(&generic(json!({"driver": "igc"})), PRECONDITION, "modprobe igc")?;
     refused(&host_device("ethernet"), PRECONDITION, "p0 has no virtual function 0")?;
+    let mut vif = host_device("ethernet");
+    vif["versioned_object.data"]["port_profile"] =
+        envelope("VIFPortProfile8021Qbh", "1.1", &json!({"profile_id": "web"}));
+    let instance = envelope("InstanceInfo", "1.0", &json!({"uuid": ID}));
+    let told = json!({"vif": vif, "instance_info": instance});
+    let dry = host.dry_run(&told)?;
+    let step = "tell the switch at 0000:03:00.0 by 802.1Qbh of 22:52:25:62:e2:aa on 0000:03:00.1";
+    ensure!(dry.contains(step), "{dry}");
+    refused(&told, PRECONDITION, "p0 cannot be told a port profile: its driver does not do 802.1Qbh")?;
     let physical = json!({"id": "vm1", "spec": {"mac": "52:54:00:00:00:01",
                           "to": {"kind": "device", "address": PF, "dev_type": "ethernet"}}});
     refused(&physical, PRECONDITION, "no virtual function")?;
@@ -367,6 +380,8 @@ fn a_netdevsim_holds_its_virtual_function_and_its_representor_is_named() -> Resu
     let port = json!({"bridge": "br0", "tap": "tap1", "iface_id": "lsp1"});
     let to = json!({"kind": "device", "address": VFS[0], "dev_type": "ethernet", "vlan": 7, "port": port});
     let document = json!({"id": "vm1", "spec": {"mac": "52:54:00:00:00:01", "mtu": 1450, "to": to}});
+    let dry = host.dry_run(&document)?;
+    assert!(dry.contains("address 52:54:00:00:00:01, VLAN 7"), "{dry}");
     for _ in 0..2 {
         host.plugged(&document)?;
         host.daemon.wait_for_forwarding(&["vm1"])?;
@@ -380,8 +395,21 @@ fn a_netdevsim_holds_its_virtual_function_and_its_representor_is_named() -> Resu
     assert_eq!(found["function"]["vlan"], 5);
     host.daemon.run(&["unplug", "vm1"])?;
     assert_eq!(links(&host)?, before);
+    netdevsim_has_no_port_profiles(&host)?;
+    assert_eq!(links(&host)?, before);
     assert_eq!(ovs.vsctl("list-br")?, "");
     host.daemon.host().run("echo 10 >/sys/bus/netdevsim/del_device")?;
+    Ok(())
+}
+
+/// Its virtual function is not even given the guest's address, which nobody would take back.
+fn netdevsim_has_no_port_profiles(host: &Host) -> Result<()> {
+    let profile = json!({"protocol": "802.1Qbh", "profile_id": "web", "instance_id": "01020304-0506-0708-090a-0b0c0d0e0f10"});
+    let to = json!({"kind": "device", "address": VFS[0], "dev_type": "ethernet", "profile": profile});
+    let document = json!({"id": "vm1", "spec": {"mac": "52:54:00:00:00:01", "to": to}});
+    let errors = said(&host.plug(&document)?, PRECONDITION)?;
+    ensure!(errors.contains("its driver does not do 802.1Qbh"), "{errors}");
+    ensure!(host.daemon.json(&["ls"])? == json!([]));
     Ok(())
 }
 

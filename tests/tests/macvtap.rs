@@ -7,10 +7,11 @@
 
 use std::env;
 use std::fs;
-use std::io::Write;
-use std::os::fd::AsRawFd;
+use std::io::{BufRead, Write};
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -128,6 +129,13 @@ fn lldpad() -> Result<()> {
     let own = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::empty(), SockProtocol::NetlinkRoute)?;
     bind(own.as_raw_fd(), &NetlinkAddr::new(LLDPAD_PORT, 0))?;
     let mut requests = fs::File::create(dir.join("requests"))?;
+    let last = Arc::new(Mutex::new(Vec::new()));
+    let (ends, told) = (own.as_raw_fd(), last.clone());
+    thread::spawn(move || {
+        for _line in std::io::stdin().lock().lines() {
+            let_go(ends, told.lock().unwrap().clone()).unwrap();
+        }
+    });
     fs::write(dir.join("lldpad.pid"), format!("{LLDPAD_PORT}\n"))?;
     let mut buffer = [0; 4096];
     loop {
@@ -136,12 +144,22 @@ fn lldpad() -> Result<()> {
         // RTM_SETLINK; the request is its last attribute.
         let answer = if message[4] == 19 {
             requests.write_all(&message[len - 4..len - 3])?;
+            *last.lock().unwrap() = message.to_vec();
             netlink(2, &[&[0; 4], &message[..16]].concat())
         } else {
             netlink(3, &[&message[16..32], &attribute(24, &attribute(1, &response()))[..]].concat())
         };
         sendto(own.as_raw_fd(), &answer, &from.context("a sender")?, MsgFlags::empty())?;
     }
+}
+
+/// Tells whoever made a request that the switch has taken it back: at the port that stands in the message's header.
+fn let_go(own: RawFd, mut message: Vec<u8>) -> Result<()> {
+    let request = message.len() - 4;
+    message[request] = DISASSOCIATE;
+    let told_at = u32::from_ne_bytes(message[12..16].try_into()?);
+    sendto(own, &message, &NetlinkAddr::new(told_at, 0), MsgFlags::empty())?;
+    Ok(())
 }
 
 /// IFLA_PORT_INSTANCE_UUID, and IFLA_PORT_RESPONSE: success.
@@ -198,15 +216,20 @@ fn a_switch_outside_is_told_of_the_guest_and_forgets_it() -> Result<()> {
         assert_eq!(macvtaps()?, "", "nothing is left");
     }
 
-    let _lldpad = start_lldpad(&netns, dir.path())?;
+    let mut lldpad = start_lldpad(&netns, dir.path())?;
     let made = plug(&daemon, "802.1Qbg")?;
     ensure!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     daemon.wait_for_forwarding(&["vm1"])?;
     daemon.kill_and_restart()?;
     daemon.wait_for_forwarding(&["vm1"])?;
+    let mut events = daemon.events()?;
+    lldpad.stdin().write_all(b"let go\n")?;
+    events.wait_for("repaired", "the switch at eth1 has let go of the guest")?;
+    daemon.wait_for_forwarding(&["vm1"])?;
     daemon.run(&["unplug", "vm1"])?;
     assert_eq!(macvtaps()?, "");
     // Once more after the restart: whoever lldpad is by then may not know of it.
-    assert_eq!(fs::read(dir.path().join("requests"))?, [ASSOCIATE, ASSOCIATE, DISASSOCIATE]);
+    let requests = [ASSOCIATE, ASSOCIATE, ASSOCIATE, DISASSOCIATE];
+    assert_eq!(fs::read(dir.path().join("requests"))?, requests);
     Ok(())
 }

@@ -5,12 +5,13 @@ use vif::profile::OpenVSwitchProfile;
 use vif::vif::{HostDeviceType, HostDeviceVif, NestedDpdkVif};
 use vif::{DatapathOffload, Network, PortProfile, ProfileKind};
 
+use super::direct::qbh;
 use super::{missing, open_vswitch, parsed, required, unsupported};
 use crate::names::PciAddress;
 use crate::problem::Problem;
 use crate::spec::{Device, DeviceType, Ovs};
 
-/// A device, and its representor if the profile is one of Open vSwitch's. Behind a socket the guest has a card of ours: its address
+/// A device, and its representor if the profile is one of Open vSwitch's, or what a switch outside is told of it. Behind a socket the guest has a card of ours: its address
 /// is not the device's to get.
 pub(super) fn host_device(asked: &vif::Plug, card: &HostDeviceVif, guest: bool) -> Result<Device, Problem> {
     let vif = &asked.vif;
@@ -25,6 +26,9 @@ pub(super) fn host_device(asked: &vif::Plug, card: &HostDeviceVif, guest: bool) 
             vif.network.value().filter(|_| dev_type == DeviceType::Ethernet).map(vlan_of).transpose()?;
         return Ok(Device { vlan: vlan.flatten(), ..device });
     };
+    if let (ProfileKind::Ieee8021Qbh(profile), DeviceType::Ethernet) = (&profile.kind, dev_type) {
+        return Ok(Device { profile: Some(qbh(asked, profile)?), ..device });
+    }
     let behind = representor(asked, profile)?;
     match behind.address {
         Some(other) if other != address => {

@@ -44,7 +44,7 @@ fn qbg(profile: &Ieee8021QbgProfile) -> Result<PortProfile, Problem> {
     })
 }
 
-fn qbh(asked: &vif::Plug, profile: &Ieee8021QbhProfile) -> Result<PortProfile, Problem> {
+pub(super) fn qbh(asked: &vif::Plug, profile: &Ieee8021QbhProfile) -> Result<PortProfile, Problem> {
     let field = "vif.port_profile.profile_id";
     let profile_id = parsed(field, required(field, &profile.profile_id)?)?;
     let field = "instance_info.uuid";

@@ -274,6 +274,20 @@ fn a_switch_outside_is_told_of_a_guest_by_its_port_profile() {
     let qbh = direct(envelope("VIFPortProfile8021Qbh", "1.1", json!({"profile_id": "web"}))).unwrap();
     let profile = json!({"protocol": "802.1Qbh", "profile_id": "web", "instance_id": NETWORK});
     assert_eq!(qbh["to"]["profile"], profile);
+
+    let device = |dev_type: &str, class: &str| {
+        let mut data = json!({"id": ID, "dev_type": dev_type, "dev_address": "0000:03:00.1"});
+        data["address"] = "22:52:25:62:e2:aa".into();
+        data["port_profile"] = envelope(class, "1.1", json!({"profile_id": "web"}));
+        let instance = envelope("InstanceInfo", "1.0", json!({"uuid": NETWORK}));
+        plug(&json!({"vif": envelope("VIFHostDevice", "1.0", data), "instance_info": instance}))
+    };
+    let spec = device("ethernet", "VIFPortProfile8021Qbh").unwrap();
+    let to = json!({"kind": "device", "address": "0000:03:00.1", "dev_type": "ethernet", "profile": profile});
+    assert_eq!((&spec["to"], &spec["mac"]), (&to, &json!("22:52:25:62:e2:aa")));
+    for (dev_type, class) in [("generic", "VIFPortProfile8021Qbh"), ("ethernet", "VIFPortProfile8021Qbg")] {
+        assert_eq!(device(dev_type, class).unwrap_err().kind, Kind::Unsupported);
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! resolve   which device, what it is now, and whether the guest can have it    before anything is recorded
-//! attach    address and VLAN → driver → representor's name                      each repeatable
+//! attach    address, VLAN or port profile → driver → representor's name         each repeatable
 //! detach    the same backwards, to what the record says
 //! ```
 //!
@@ -10,8 +10,9 @@
 //! from there when it is back. What is gone by then, the device or its physical function, needs nothing back.
 
 use dataplane::Link;
-use hostnet::{Binding, Function, FunctionState, HostNet, Pci, PciDevice, PciError};
+use hostnet::{Association, Binding, Function, FunctionState, HostNet, Pci, PciDevice, PciError};
 
+use super::association::{Associations, profile_of};
 use super::error::StepError;
 use super::macvtap;
 use super::ovs::OpenVSwitch;
@@ -31,11 +32,19 @@ pub(super) struct Devices {
     pci: Pci,
     config: DevicesConfig,
     changing: tokio::sync::Mutex<()>,
+    associations: Associations,
 }
 
 impl Devices {
     pub(super) fn new(config: DevicesConfig) -> Self {
-        Self { pci: Pci::new(&config.sysfs), config, changing: tokio::sync::Mutex::default() }
+        let pci = Pci::new(&config.sysfs);
+        let associations = Associations::new(config.lldpad.clone(), pci.clone());
+        Self { pci, config, changing: tokio::sync::Mutex::default(), associations }
+    }
+
+    /// The guests of which switches outside are told.
+    pub(super) fn associations(&self) -> &Associations {
+        &self.associations
     }
 
     pub(super) async fn hold(&self) -> tokio::sync::MutexGuard<'_, ()> {
@@ -74,7 +83,7 @@ impl Devices {
             ..Found::default()
         };
         if device.dev_type == DeviceType::Ethernet {
-            found.function = Some(self.function(host, &now).await?);
+            found.function = Some(self.function(host, device, &now).await?);
         }
         if let Some(port) = &mut device.port {
             found.representor = Some(self.resolve_port(host, ovs, id, &now, port).await?);
@@ -97,12 +106,21 @@ impl Devices {
         Ok(())
     }
 
-    async fn function(&self, host: &HostNet, now: &PciDevice) -> Result<FoundFunction, StepError> {
+    /// The virtual function. The driver that has port profiles does not tell how it holds one.
+    async fn function(
+        &self,
+        host: &HostNet,
+        device: &Device,
+        now: &PciDevice,
+    ) -> Result<FoundFunction, StepError> {
         let Function::Virtual { of, number } = now.function else {
             return Err(PciError::NotVirtual { address: now.address }.into());
         };
         let interface = self.physical_interface(PciAddress(of)).await?;
-        let held = host.virtual_function(&interface, number).await?;
+        let held = match device.profile {
+            None => host.virtual_function(&interface, number).await?,
+            Some(_) => FunctionState::default(),
+        };
         Ok(FoundFunction {
             physical: PciAddress(of),
             number,
@@ -154,8 +172,13 @@ impl Devices {
         };
         if let (Some(function), Some(mac)) = (&found.function, spec.mac) {
             let interface = self.physical_interface(function.physical).await?;
-            let wanted = FunctionState { address: mac.0, vlan: device.vlan.unwrap_or_default(), priority: 0 };
-            host.set_virtual_function(&interface, function.number, &wanted).await?;
+            if let Some(guest) = association(interface.clone(), function, Some(mac), device).await {
+                self.associations.associate(host, id, guest).await?;
+            } else {
+                let wanted =
+                    FunctionState { address: mac.0, vlan: device.vlan.unwrap_or_default(), priority: 0 };
+                host.set_virtual_function(&interface, function.number, &wanted).await?;
+            }
         }
         if let Some(driver) = &device.driver {
             let driver = driver.to_string();
@@ -177,7 +200,7 @@ impl Devices {
         let below = named(now.interface()?)?;
         let tap = Some(Device::tap(id));
         let alone = Macvtap { mode: MacvtapMode::Passthrough, tap, ..Macvtap::new(below) };
-        macvtap::ensure(host, &self.listener(), id, spec, &alone).await
+        macvtap::ensure(host, &self.associations, id, spec, &alone).await
     }
 
     /// Gives the device back. Its port is out of Open vSwitch by now: a switch that holds a representor under one name does not
@@ -202,18 +225,10 @@ impl Devices {
                 host.set_interface(name.as_str(), *up, *mtu).await?;
             }
         }
-        if let Some(function) = &found.function {
-            let before = FunctionState {
-                address: function.mac.map(|mac| mac.0).unwrap_or_default(),
-                vlan: function.vlan,
-                priority: function.priority,
-            };
-            if let Some(interface) = gone_is_none(self.physical_interface(function.physical).await)? {
-                match host.set_virtual_function(&interface, function.number, &before).await {
-                    Err(hostnet::Error::NoFunction { .. } | hostnet::Error::Missing { .. }) => {}
-                    done => done?,
-                }
-            }
+        if let Some(function) = &found.function
+            && let Some(interface) = gone_is_none(self.physical_interface(function.physical).await)?
+        {
+            self.give_back(host, id, spec, device, (interface, function)).await?;
         }
         if device.driver.is_some() {
             let before =
@@ -223,9 +238,28 @@ impl Devices {
         Ok(())
     }
 
-    /// lldpad, for macvtaps whose switch is told of the guest.
-    pub(super) fn listener(&self) -> hostnet::Listener {
-        hostnet::Listener { pid_file: self.config.lldpad.clone(), ..hostnet::Listener::default() }
+    /// Gives a virtual function back, or has the switch forget the guest that has it.
+    async fn give_back(
+        &self,
+        host: &HostNet,
+        id: &Name,
+        spec: &PlugSpec,
+        device: &Device,
+        (interface, function): (String, &FoundFunction),
+    ) -> Result<(), StepError> {
+        let guest = association(interface.clone(), function, spec.mac, device).await;
+        if let Some(guest) = guest {
+            return Ok(self.associations.disassociate(host, id, &guest).await?);
+        }
+        let before = FunctionState {
+            address: function.mac.map(|mac| mac.0).unwrap_or_default(),
+            vlan: function.vlan,
+            priority: function.priority,
+        };
+        match host.set_virtual_function(&interface, function.number, &before).await {
+            Err(hostnet::Error::NoFunction { .. } | hostnet::Error::Missing { .. }) => Ok(()),
+            done => Ok(done?),
+        }
     }
 
     async fn physical_interface(&self, physical: PciAddress) -> Result<String, PciError> {
@@ -247,8 +281,14 @@ pub(super) fn plan(id: &Name, spec: &PlugSpec, device: &Device) -> Vec<String> {
     let (Some(address), Some(found)) = (device.address, &device.found) else { return Vec::new() };
     let mut steps = Vec::new();
     if let (Some(function), Some(mac)) = (&found.function, spec.mac) {
-        let vlan = device.vlan.map(|vlan| format!(", VLAN {vlan}")).unwrap_or_default();
-        steps.push(format!("have {} hold {address} with address {mac}{vlan}", function.physical));
+        let physical = function.physical;
+        steps.push(match &device.profile {
+            None => format!("have {physical} hold {address} with address {mac}{}", settings(device)),
+            Some(profile) => {
+                let protocol = profile.protocol();
+                format!("tell the switch at {physical} by {protocol} of {mac} on {address}, and wait for its answer")
+            }
+        });
     }
     if let Some(driver) = &device.driver {
         let now = found.driver.as_deref().unwrap_or("none");
@@ -265,6 +305,23 @@ pub(super) fn plan(id: &Name, spec: &PlugSpec, device: &Device) -> Vec<String> {
         steps.push(format!("make {}, a macvtap that has {address} for itself", Device::tap(id)));
     }
     steps
+}
+
+/// What a virtual function is held with beside its address.
+fn settings(device: &Device) -> String {
+    let vlan = device.vlan.map(|vlan| format!(", VLAN {vlan}"));
+    vlan.unwrap_or_default()
+}
+
+/// What the switch is told of a guest with a virtual function, if it is to be told.
+async fn association(
+    device: String,
+    function: &FoundFunction,
+    mac: Option<Mac>,
+    asked: &Device,
+) -> Option<Association> {
+    let (profile, address) = (profile_of(asked.profile.as_ref()?).await, mac?.0);
+    Some(Association { device, function: Some(function.number), address, profile })
 }
 
 /// What there is nothing to give back to.

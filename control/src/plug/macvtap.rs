@@ -1,19 +1,17 @@
 //! A plug's macvtap, and what the switch outside is told of the guest on it.
 
 use dataplane::Link;
-use hostnet::{Association, HostNet, Listener, MacvtapSpec, Profile};
+use hostnet::{Association, HostNet, MacvtapSpec};
 
+use super::association::{Associations, profile_of};
 use super::error::StepError;
-use crate::names::{Name, Uuid};
-use crate::spec::{Macvtap, PlugSpec, PortProfile};
-
-/// This host, for a switch that wants to know (machine-id(5)).
-const MACHINE_ID: &str = "/etc/machine-id";
+use crate::names::Name;
+use crate::spec::{Macvtap, PlugSpec};
 
 /// Makes the macvtap, or finds it made. Nothing to forward for if it is the guest's.
 pub(super) async fn ensure(
     host: &HostNet,
-    listener: &Listener,
+    associations: &Associations,
     id: &Name,
     spec: &PlugSpec,
     macvtap: &Macvtap,
@@ -26,31 +24,32 @@ pub(super) async fn ensure(
         Some(Link::Tap { queues: host.ensure_macvtap(&wanted).await?.queues, offloads: true })
     };
     if let Some(guest) = association(host, id, macvtap).await? {
-        host.associate(listener, &guest).await?;
+        associations.associate(host, id, guest).await?;
     }
     Ok(link)
 }
 
-/// Puts a macvtap right that somebody has open.
+/// Puts a macvtap right that somebody has open, and what the switch knows of the guest on it.
 pub(super) async fn mend(
     host: &HostNet,
+    associations: &Associations,
     id: &Name,
     spec: &PlugSpec,
     macvtap: &Macvtap,
 ) -> Result<(), StepError> {
     host.ensure_idle_macvtap(&macvtap_spec(id, spec, macvtap)).await?;
-    Ok(())
+    Ok(associations.mend(host, id).await?)
 }
 
 /// Removes the macvtap if it is ours, once the switch has forgotten the guest.
 pub(super) async fn remove(
     host: &HostNet,
-    listener: &Listener,
+    associations: &Associations,
     id: &Name,
     macvtap: &Macvtap,
 ) -> Result<(), StepError> {
     if let Some(guest) = association(host, id, macvtap).await? {
-        host.disassociate(listener, &guest).await?;
+        associations.disassociate(host, id, &guest).await?;
     }
     host.remove_macvtap(macvtap.tap(id).as_str(), id.as_str()).await?;
     Ok(())
@@ -74,21 +73,6 @@ async fn association(host: &HostNet, id: &Name, macvtap: &Macvtap) -> Result<Opt
     let Some(profile) = &macvtap.profile else { return Ok(None) };
     let Some(link) = host.link(macvtap.tap(id).as_str()).await? else { return Ok(None) };
     let Ok(address) = link.address.try_into() else { return Ok(None) };
-    let profile = match profile {
-        PortProfile::Qbg { manager_id, type_id, type_id_version, instance_id } => Profile::Qbg {
-            manager: *manager_id,
-            type_id: *type_id,
-            type_version: *type_id_version,
-            instance: instance_id.0,
-        },
-        PortProfile::Qbh { profile_id, instance_id } => {
-            Profile::Qbh { profile: profile_id.to_string(), guest: instance_id.0, host: machine_id().await }
-        }
-    };
-    Ok(Some(Association { device: macvtap.device.to_string(), address, profile }))
-}
-
-async fn machine_id() -> Option<[u8; 16]> {
-    let text = tokio::fs::read_to_string(MACHINE_ID).await.ok()?;
-    text.trim().parse().ok().map(|Uuid(bytes)| bytes)
+    let (device, profile) = (macvtap.device.to_string(), profile_of(profile).await);
+    Ok(Some(Association { device, function: None, address, profile }))
 }

@@ -18,7 +18,7 @@ use super::table::Others;
 use super::{bridge, macvtap, tap};
 use crate::config::{DevicesConfig, OvsConfig};
 use crate::names::Name;
-use crate::spec::{PlugSpec, Role, Socket, To};
+use crate::spec::{Macvtap, PlugSpec, PortProfile, Role, Socket, To};
 use crate::status::{Status, Whose};
 
 /// How sockets that we make look, and where sockets may be.
@@ -53,6 +53,8 @@ pub(super) enum World {
     Links,
     /// Open vSwitch's database.
     OpenVSwitch,
+    /// What switches outside know of guests.
+    Switches,
 }
 
 /// The worlds that the steps act on.
@@ -140,17 +142,18 @@ impl Steps {
     pub(super) fn is_amiss(&self, id: &Name, spec: &PlugSpec) -> bool {
         spec.ovs().is_some_and(|ovs| self.ovs.is_amiss(id, ovs))
             || self.links.flaws(id, spec).iter().any(|flaw| flaw.ours)
+            || self.devices.associations().flaw(id).is_some()
     }
 
     /// What somebody else has undone, as of now.
     pub(super) async fn flaws(&self, id: &Name, spec: &PlugSpec) -> Result<Vec<String>, StepError> {
         self.links.look(&self.host, id, spec, false).await?;
-        let mut flaws = self.flaws_of_links(id, spec).0;
+        let mut flaws = self.flaws_of_host_side(id, spec).0;
         flaws.extend(spec.ovs().and_then(|ovs| self.ovs.lacking(id, ovs)));
         Ok(flaws)
     }
 
-    /// Puts right what somebody else has done to the plug's links. Gives its ports, of which the TAP's is another one where
+    /// Puts right what somebody else has done to the plug's side of the host. Gives its ports, of which the TAP's is another one where
     /// the TAP had to be made anew, and what was wrong.
     pub(super) async fn mend(
         &self,
@@ -159,7 +162,7 @@ impl Steps {
         mut ports: Vec<PortId>,
     ) -> Result<(Vec<PortId>, Vec<String>), StepError> {
         self.links.look(&self.host, id, spec, false).await?;
-        let (flaws, is_tap_gone) = self.flaws_of_links(id, spec);
+        let (flaws, is_tap_gone) = self.flaws_of_host_side(id, spec);
         let Some(to) = spec.to.as_ref().filter(|_| !flaws.is_empty()) else { return Ok((ports, flaws)) };
         if is_tap_gone {
             // Until there is a new one the former stays: what is sent to it is counted.
@@ -175,18 +178,23 @@ impl Steps {
         Ok((ports, flaws))
     }
 
-    /// What is ours to put right, and whether the TAP that we have open is gone.
-    fn flaws_of_links(&self, id: &Name, spec: &PlugSpec) -> (Vec<String>, bool) {
+    /// What is ours to put right of the host's side, and whether the TAP that we have open is gone.
+    fn flaws_of_host_side(&self, id: &Name, spec: &PlugSpec) -> (Vec<String>, bool) {
         let flaws: Vec<_> = self.links.flaws(id, spec).into_iter().filter(|flaw| flaw.ours).collect();
         let is_tap_gone = flaws.iter().any(|flaw| flaw.is_gone);
-        (flaws.into_iter().map(|flaw| flaw.message).collect(), is_tap_gone)
+        let messages = flaws.into_iter().map(|flaw| flaw.message);
+        (messages.chain(self.devices.associations().flaw(id)).collect(), is_tap_gone)
     }
 
     /// Tells when plugs such as this may be amiss; the first who asks has to [`follow`](Self::follow) what is told of.
     pub(super) fn changes(&self, spec: &PlugSpec) -> Vec<(World, watch::Receiver<u64>)> {
         let ovs = spec.ovs().and_then(|_| self.ovs.changes()).map(|changes| (World::OpenVSwitch, changes));
         let links = spec.to.as_ref().and_then(|_| self.links.begin()).map(|changes| (World::Links, changes));
-        ovs.into_iter().chain(links).collect()
+        let is_told =
+            matches!(&spec.to, Some(To::Macvtap(Macvtap { profile: Some(PortProfile::Qbg { .. }), .. })));
+        let switches = is_told.then(|| self.devices.associations().begin()).flatten();
+        let switches = switches.map(|changes| (World::Switches, changes));
+        ovs.into_iter().chain(links).chain(switches).collect()
     }
 
     /// Follows what others do, for ever.
@@ -194,6 +202,7 @@ impl Steps {
         match world {
             World::Links => self.links.follow(&self.host).await,
             World::OpenVSwitch => self.ovs.follow().await,
+            World::Switches => self.devices.associations().follow().await,
         }
     }
 
@@ -244,6 +253,7 @@ impl Steps {
         }
         let mut missing = self.links.missing(id, spec);
         missing.extend(spec.ovs().into_iter().flat_map(|ovs| self.ovs.missing(id, spec, ovs)));
+        missing.extend(self.devices.associations().missing(id));
         Status::of_ports(spec, &reports).and(missing)
     }
 
@@ -296,7 +306,7 @@ impl Steps {
                 Ok(link)
             }
             To::Macvtap(macvtap) => {
-                macvtap::ensure(&self.host, &self.devices.listener(), id, spec, macvtap).await
+                macvtap::ensure(&self.host, self.devices.associations(), id, spec, macvtap).await
             }
             To::Device(device) => self.devices.attach(&self.host, id, spec, device).await,
         }
@@ -314,7 +324,9 @@ impl Steps {
                 tap::mend(&self.host, id, spec, to).await?;
                 bridge::join_hybrid(&self.host, id, spec, ovs).await
             }
-            To::Macvtap(macvtap) => macvtap::mend(&self.host, id, spec, macvtap).await,
+            To::Macvtap(macvtap) => {
+                macvtap::mend(&self.host, self.devices.associations(), id, spec, macvtap).await
+            }
             // Its links are not followed.
             To::Device(_) => Ok(()),
         }
@@ -350,7 +362,7 @@ impl Steps {
                 self.ovs.remove_bridges(id, ovs).await
             }
             Some(To::Macvtap(macvtap)) => {
-                macvtap::remove(&self.host, &self.devices.listener(), id, macvtap).await
+                macvtap::remove(&self.host, self.devices.associations(), id, macvtap).await
             }
             Some(To::Device(device)) => {
                 if let Some(port) = &device.port {

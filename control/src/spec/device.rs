@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{Attach, Ovs, SpecError, VLAN_RANGE, bounded, is_false, tap_name};
+use super::{Attach, Ovs, PortProfile, SpecError, VLAN_RANGE, bounded, is_false, tap_name};
 use crate::names::{DriverName, IfName, Mac, Name, PciAddress};
 
 /// A PCI device that the guest has itself: no frame of it goes through vhostd, unless the guest is behind a socket. Then the
@@ -21,6 +21,9 @@ pub struct Device {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 4094)]
     pub vlan: Option<u16>,
+    /// What the switch outside is told of the guest, by 802.1Qbh; of an `ethernet` one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub profile: Option<PortProfile>,
     /// The driver that has it while it is plugged, as `vfio-pci`. Left out of a new plug: as the daemon's configuration says,
     /// else the one that has it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -43,7 +46,7 @@ pub enum DeviceType {
     /// As a PCI device like any other: nothing of it is set.
     #[default]
     Generic,
-    /// As a virtual function, whose address and VLAN are set through its physical function.
+    /// As a virtual function, whose address, VLAN and the like are set through its physical function.
     Ethernet,
     /// As one that a container in this guest drives with DPDK: the daemon's configuration has the driver.
     Nested,
@@ -136,11 +139,16 @@ impl Device {
         if self.port.as_deref().is_some_and(is_chosen) {
             return Err(SpecError::RepresentorIsPort);
         }
-        match self.vlan {
-            Some(_) if !ethernet => Err(SpecError::VlanWithoutEthernet),
-            Some(vlan) => bounded("spec.to.vlan", vlan, VLAN_RANGE),
-            None => Ok(()),
+        let of_function = [("spec.to.vlan", self.vlan.is_some())];
+        let set = of_function.iter().find(|(_, is_set)| *is_set).map(|(field, _)| *field);
+        let profile = self.profile.as_ref().map(|_| "spec.to.profile");
+        match (set.or(profile), &self.profile) {
+            (Some(field), _) if !ethernet => return Err(SpecError::WithoutEthernet(field)),
+            (_, Some(PortProfile::Qbg { .. })) => return Err(SpecError::ProfileOfDevice),
+            (_, Some(_)) if set.is_some() => return Err(SpecError::ProfileAlone),
+            _ => {}
         }
+        self.vlan.map_or(Ok(()), |vlan| bounded("spec.to.vlan", vlan, VLAN_RANGE))
     }
 
     /// The same, but what was left out, and what was found, as it is in a plug that is there.
@@ -175,6 +183,7 @@ mod tests {
     }
 
     const AT: &str = "0000:03:00.1";
+    const UUID: &str = "01020304-0506-0708-090a-0b0c0d0e0f10";
 
     #[test]
     fn a_device_is_a_guests_card_and_in_no_network() {
@@ -191,15 +200,19 @@ mod tests {
     #[test]
     fn what_contradicts_itself_is_refused() {
         let socket = || json!({"socket": {"role": "listen", "path": "/run/x.sock"}});
+        let mac = || json!({"mac": "52:54:00:00:00:01"});
+        let qbh = || json!({"protocol": "802.1Qbh", "profile_id": "web", "instance_id": UUID});
+        let qbg = json!({"protocol": "802.1Qbg", "manager_id": 1, "type_id": 2, "type_id_version": 3,
+                         "instance_id": UUID});
+        plug(json!({"dev_type": "ethernet", "profile": qbh()}), mac()).unwrap();
         for (to, more, field) in [
             (json!({}), json!({}), "spec.to.address"),
             (json!({"address": AT, "dev_type": "ethernet"}), json!({}), "spec.mac"),
             (json!({"address": AT, "vlan": 7}), json!({}), "spec.to.vlan"),
-            (
-                json!({"dev_type": "ethernet", "vlan": 4095}),
-                json!({"mac": "52:54:00:00:00:01"}),
-                "spec.to.vlan",
-            ),
+            (json!({"address": AT, "profile": qbh()}), json!({}), "spec.to.profile"),
+            (json!({"dev_type": "ethernet", "profile": qbg}), mac(), "spec.to.profile"),
+            (json!({"dev_type": "ethernet", "profile": qbh(), "vlan": 7}), mac(), "spec.to.profile"),
+            (json!({"dev_type": "ethernet", "vlan": 4095}), mac(), "spec.to.vlan"),
             (json!({"address": AT, "driver": "vfio-pci"}), socket(), "spec.to"),
             (json!({"address": AT, "dev_type": "nested"}), socket(), "spec.to"),
             (

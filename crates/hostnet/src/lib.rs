@@ -37,7 +37,9 @@ mod veth;
 mod vlan;
 mod watch;
 
-pub use association::{Association, AssociationError, Listener, Profile, Request, Response};
+pub use association::{
+    Agent, Association, AssociationError, LetGo, Listener, Profile, Request, Response, SwitchWatch,
+};
 pub use bridge::{BRIDGE_MARK, Bridge};
 pub use error::Error;
 pub use function::FunctionState;

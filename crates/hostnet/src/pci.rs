@@ -111,6 +111,15 @@ impl Pci {
         })
     }
 
+    /// The device that a network interface is on; none if it is on none, or not there.
+    ///
+    /// # Errors
+    /// As for [`device`](Self::device).
+    pub fn device_of(&self, interface: &str) -> Result<Option<PciDevice>, PciError> {
+        let link = self.tree.dir("class/net".into()).dir(interface);
+        self.tree.device_behind(&link)?.map(|address| self.device(address)).transpose()
+    }
+
     /// All devices of an IOMMU group: a guest gets all of them, or none.
     ///
     /// # Errors
