@@ -142,6 +142,10 @@ pub struct DevicesConfig {
     pub driver: Option<DriverName>,
     /// The same for a nested container's.
     pub nested_driver: DriverName,
+    /// Whether frames of a guest's virtual function from other addresses are dropped; left out: as it is.
+    pub spoof_check: Option<bool>,
+    /// Whether a guest's virtual function is trusted; left out: as it is.
+    pub trust: Option<bool>,
     /// Pid file of the lldpad that speaks 802.1Qbg with the switch.
     pub lldpad: PathBuf,
 }
@@ -217,6 +221,8 @@ impl Default for DevicesConfig {
             sysfs: "/sys".into(),
             driver: None,
             nested_driver: "uio_pci_generic".parse().expect("it is a driver's name"),
+            spoof_check: None,
+            trust: None,
             lldpad: "/run/lldpad.pid".into(),
         }
     }

@@ -213,7 +213,7 @@ pub enum SpecError {
     )]
     ProfileOfDevice,
     /// It is the switch's to say.
-    #[error("a port profile says how the switch treats the device: leave out vlan")]
+    #[error("a port profile says how the switch treats the device: leave out vlan, spoof_check and trust")]
     ProfileAlone,
     /// Nobody is to connect to it.
     #[error("a socket of the switch is for attach vhost_user: leave out spec.to.socket, or ask for that")]

@@ -366,7 +366,7 @@ fn a_netdevsim_holds_its_virtual_function_and_its_representor_is_named() -> Resu
     fs::remove_dir(sysfs.path("class/net"))?;
     sysfs.link("class/net", "/sys/class/net")?;
     let configuration = format!(
-        "[devices]\nsysfs = {:?}\n[ovs]\ndatabase = \"unix:{}\"\n",
+        "[devices]\nsysfs = {:?}\ntrust = true\n[ovs]\ndatabase = \"unix:{}\"\n",
         sysfs.path(""),
         ovs.socket().display()
     );
@@ -375,24 +375,33 @@ fn a_netdevsim_holds_its_virtual_function_and_its_representor_is_named() -> Resu
     let shown = "ip -oneline link show | grep -v ovs-system | sed 's/ qdisc [a-z]*//'";
     let links = |host: &Host| host.daemon.host().run(shown);
     let before = links(&host)?;
-    assert!(before.contains("vlan 5, qos 3"), "{before}");
+    for text in ["vlan 5, qos 3", "spoof checking off", "trust off"] {
+        assert!(before.contains(text), "{text}: {before}");
+    }
 
     let port = json!({"bridge": "br0", "tap": "tap1", "iface_id": "lsp1"});
-    let to = json!({"kind": "device", "address": VFS[0], "dev_type": "ethernet", "vlan": 7, "port": port});
+    let to = json!({"kind": "device", "address": VFS[0], "dev_type": "ethernet", "vlan": 7, "port": port,
+                    "spoof_check": true});
     let document = json!({"id": "vm1", "spec": {"mac": "52:54:00:00:00:01", "mtu": 1450, "to": to}});
     let dry = host.dry_run(&document)?;
-    assert!(dry.contains("address 52:54:00:00:00:01, VLAN 7"), "{dry}");
+    assert!(dry.contains("address 52:54:00:00:00:01, VLAN 7, spoof check on, trust on"), "{dry}");
     for _ in 0..2 {
         host.plugged(&document)?;
         host.daemon.wait_for_forwarding(&["vm1"])?;
         let now = links(&host)?;
-        assert!(now.contains("52:54:00:00:00:01") && now.contains("vlan 7"), "{now}");
+        for text in ["52:54:00:00:00:01", "vlan 7", "spoof checking on", "trust on"] {
+            assert!(now.contains(text), "{text}: {now}");
+        }
         assert_eq!(host.daemon.host().run("cat /sys/class/net/tap1/phys_port_name")?.trim(), "pf0vf0");
         assert_eq!(ovs.vsctl("list-ports br0")?, "tap1");
         host.daemon.kill_and_restart()?;
     }
     let found = host.daemon.json(&["show", "vm1"])?["spec"]["to"]["found"].take();
-    assert_eq!(found["function"]["vlan"], 5);
+    let function = &found["function"];
+    assert_eq!(
+        (&function["vlan"], &function["spoof_check"], &function["trust"]),
+        (&json!(5), &json!(false), &json!(false))
+    );
     host.daemon.run(&["unplug", "vm1"])?;
     assert_eq!(links(&host)?, before);
     netdevsim_has_no_port_profiles(&host)?;

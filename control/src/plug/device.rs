@@ -75,6 +75,10 @@ impl Devices {
                 DeviceType::Ethernet | DeviceType::Generic => self.config.driver.clone(),
             };
         }
+        if device.dev_type == DeviceType::Ethernet && device.profile.is_none() {
+            device.spoof_check = device.spoof_check.or(self.config.spoof_check);
+            device.trust = device.trust.or(self.config.trust);
+        }
         self.check(host, device, &now).await?;
         let mut found = Found {
             driver: now.binding.driver.clone(),
@@ -128,6 +132,8 @@ impl Devices {
             mac: Mac(held.address).to_string().parse().ok(),
             vlan: held.vlan,
             priority: held.priority,
+            spoof_check: device.spoof_check.and(held.spoof_check),
+            trust: device.trust.and(held.trust),
         })
     }
 
@@ -175,8 +181,13 @@ impl Devices {
             if let Some(guest) = association(interface.clone(), function, Some(mac), device).await {
                 self.associations.associate(host, id, guest).await?;
             } else {
-                let wanted =
-                    FunctionState { address: mac.0, vlan: device.vlan.unwrap_or_default(), priority: 0 };
+                let wanted = FunctionState {
+                    address: mac.0,
+                    vlan: device.vlan.unwrap_or_default(),
+                    priority: 0,
+                    spoof_check: device.spoof_check,
+                    trust: device.trust,
+                };
                 host.set_virtual_function(&interface, function.number, &wanted).await?;
             }
         }
@@ -255,8 +266,10 @@ impl Devices {
             address: function.mac.map(|mac| mac.0).unwrap_or_default(),
             vlan: function.vlan,
             priority: function.priority,
+            spoof_check: function.spoof_check,
+            trust: function.trust,
         };
-        match host.set_virtual_function(&interface, function.number, &before).await {
+        match host.restore_virtual_function(&interface, function.number, &before).await {
             Err(hostnet::Error::NoFunction { .. } | hostnet::Error::Missing { .. }) => Ok(()),
             done => Ok(done?),
         }
@@ -310,7 +323,9 @@ pub(super) fn plan(id: &Name, spec: &PlugSpec, device: &Device) -> Vec<String> {
 /// What a virtual function is held with beside its address.
 fn settings(device: &Device) -> String {
     let vlan = device.vlan.map(|vlan| format!(", VLAN {vlan}"));
-    vlan.unwrap_or_default()
+    let switch = |name, on: Option<bool>| on.map(|on| format!(", {name} {}", if on { "on" } else { "off" }));
+    let all = [vlan, switch("spoof check", device.spoof_check), switch("trust", device.trust)];
+    all.into_iter().flatten().collect()
 }
 
 /// What the switch is told of a guest with a virtual function, if it is to be told.

@@ -21,6 +21,14 @@ pub struct Device {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 4094)]
     pub vlan: Option<u16>,
+    /// Whether frames from another address than its own are dropped; of an `ethernet` one. Left out of a new plug: as the daemon's
+    /// configuration says, else as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spoof_check: Option<bool>,
+    /// Whether the guest may have what is a host's: another address, frames for all. Of an `ethernet` one; left out, as
+    /// `spoof_check` is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trust: Option<bool>,
     /// What the switch outside is told of the guest, by 802.1Qbh; of an `ethernet` one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub profile: Option<PortProfile>,
@@ -88,6 +96,12 @@ pub struct FoundFunction {
     pub vlan: u16,
     /// Its priority in it.
     pub priority: u8,
+    /// Whether frames from other addresses were dropped; only if the plug sets it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spoof_check: Option<bool>,
+    /// Whether it was trusted; only if the plug sets it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trust: Option<bool>,
 }
 
 /// A representor as it was found.
@@ -139,7 +153,11 @@ impl Device {
         if self.port.as_deref().is_some_and(is_chosen) {
             return Err(SpecError::RepresentorIsPort);
         }
-        let of_function = [("spec.to.vlan", self.vlan.is_some())];
+        let of_function = [
+            ("spec.to.vlan", self.vlan.is_some()),
+            ("spec.to.spoof_check", self.spoof_check.is_some()),
+            ("spec.to.trust", self.trust.is_some()),
+        ];
         let set = of_function.iter().find(|(_, is_set)| *is_set).map(|(field, _)| *field);
         let profile = self.profile.as_ref().map(|_| "spec.to.profile");
         match (set.or(profile), &self.profile) {
@@ -163,6 +181,8 @@ impl Device {
         Self {
             address: self.address.or(before.address),
             driver: self.driver.or_else(|| before.driver.clone()),
+            spoof_check: self.spoof_check.or(before.spoof_check),
+            trust: self.trust.or(before.trust),
             found: before.found.clone(),
             port,
             ..self
@@ -209,9 +229,11 @@ mod tests {
             (json!({}), json!({}), "spec.to.address"),
             (json!({"address": AT, "dev_type": "ethernet"}), json!({}), "spec.mac"),
             (json!({"address": AT, "vlan": 7}), json!({}), "spec.to.vlan"),
+            (json!({"address": AT, "spoof_check": false}), json!({}), "spec.to.spoof_check"),
+            (json!({"address": AT, "trust": true}), socket(), "spec.to.trust"),
             (json!({"address": AT, "profile": qbh()}), json!({}), "spec.to.profile"),
             (json!({"dev_type": "ethernet", "profile": qbg}), mac(), "spec.to.profile"),
-            (json!({"dev_type": "ethernet", "profile": qbh(), "vlan": 7}), mac(), "spec.to.profile"),
+            (json!({"dev_type": "ethernet", "profile": qbh(), "trust": true}), mac(), "spec.to.profile"),
             (json!({"dev_type": "ethernet", "vlan": 4095}), mac(), "spec.to.vlan"),
             (json!({"address": AT, "driver": "vfio-pci"}), socket(), "spec.to"),
             (json!({"address": AT, "dev_type": "nested"}), socket(), "spec.to"),
