@@ -98,22 +98,22 @@ pub struct TcpStream {
 }
 
 impl TcpStream {
-    /// Starts it; the server may need a moment to listen.
+    /// Starts it; the server may need a moment to listen, or for the end of another stream, which some versions call success.
     pub fn start(guest: &Guest, to: &str, seconds: u32, options: &str) -> Result<Self> {
-        let client = format!("iperf3 --json --client {to} --time {seconds} {options}");
-        let tries = format!("for try in 1 2 3 4 5 6 7 8 9 10; do {client} && exit; sleep 0.2; done; exit 1");
-        Ok(Self { job: guest.spawn(&tries)?, seconds })
+        let client = format!("result=$(iperf3 --json --client {to} --time {seconds} {options})");
+        let is_done = "case $result in *sum_received*) printf '%s' \"$result\"; exit ;; esac";
+        let tries = format!("for try in 1 2 3 4 5 6 7 8 9 10; do {client}; {is_done}; sleep 0.2; done");
+        let none = "printf '%s' \"$result\"; exit 1";
+        Ok(Self { job: guest.spawn(&format!("{tries}; {none}"))?, seconds })
     }
 
     /// Waits for its end: what the receiver got, Gbit/s.
     pub fn rate(&self) -> Result<f64> {
         let output = self.job.wait(Duration::from_secs(u64::from(self.seconds)) + TIMEOUT)?;
         ensure!(output.status == 0, "iperf3: {}", output.stdout);
-        // Tries that found no server have printed a document of their own.
-        let document = output.stdout.rfind("\n{").map_or(output.stdout.as_str(), |at| &output.stdout[at..]);
-        let result: Value = serde_json::from_str(document).context("iperf3's result")?;
+        let result: Value = serde_json::from_str(&output.stdout).context("iperf3's result")?;
         let rate = result["end"]["sum_received"]["bits_per_second"].as_f64();
-        Ok(rate.with_context(|| format!("iperf3's result has no rate: {document}"))? / 1e9)
+        Ok(rate.with_context(|| format!("iperf3's result has no rate: {result}"))? / 1e9)
     }
 }
 
