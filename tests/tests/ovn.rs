@@ -14,6 +14,8 @@ use e2e::osvif::envelope;
 use e2e::ovn::TwoHosts;
 use e2e::peer::{Peer, PeerConfig};
 use e2e::process::Process;
+use e2e::qemu::{self, GuestConfig, Nic, Role};
+use e2e::traffic::TcpStream;
 use serde_json::{Value, json};
 
 /// For anything that must happen.
@@ -155,6 +157,53 @@ fn guests_reach_each_other_across_hosts_and_nobody_else() -> Result<()> {
     let heard = stranger.run("cat /sys/class/net/eth0/statistics/rx_packets")?;
     ensure!(heard.trim() == "0", "{heard} frames went to another logical switch");
     Ok(())
+}
+
+/// The same for Linux guests under QEMU; then one of them ends on a, and is started on b, where its port was made ready as for a
+/// migration: what brings its frames there is that it is heard of.
+#[test]
+fn linux_guests_reach_each_other_across_hosts_also_when_one_is_started_on_the_other() -> Result<()> {
+    let hosts = TwoHosts::start(UNDERLAY_MTU)?;
+    for (port, host) in [(&ONE, &hosts.a), (&TWO, &hosts.b)] {
+        port.make(&hosts)?;
+        port.plugged(host)?;
+    }
+    let (one, two) = (boot(&ONE, &hosts.a)?, boot(&TWO, &hosts.b)?);
+    ping(&one, TWO.ip)?;
+    ping(&two, ONE.ip)?;
+    let _server = two.spawn("iperf3 --server")?;
+    for options in ["", "--reverse"] {
+        let rate = TcpStream::start(&one, TWO.ip, 1, options)?.rate()?;
+        println!("TCP {options}: {rate:.2} Gbit/s");
+    }
+
+    hosts.on("a", "ovn-nbctl lsp-set-options one requested-chassis=a,b activation-strategy=rarp")?;
+    ONE.plugged(&hosts.b)?;
+    wait_for(&hosts.b, ONE.name, "attached", "waiting for a front end")?;
+    one.kill()?;
+    let one = boot(&ONE, &hosts.b)?;
+    ping(&two, ONE.ip)?;
+    let activated = "ovn-sbctl get Port_Binding one options:additional-chassis-activated";
+    ensure!(!hosts.on("a", activated)?.is_empty());
+    hosts.on("a", "ovn-nbctl lsp-set-options one requested-chassis=b")?;
+    hosts.a.run(&["unplug", ONE.name])?;
+    ping(&one, TWO.ip)
+}
+
+/// A Linux guest whose card is the port's.
+fn boot(port: &Port, host: &Daemon) -> Result<qemu::Guest> {
+    let Port { name, mac, ip, .. } = port;
+    let nic = Nic { mtu: Some(MTU), ..Nic::new(&host.socket(name), Role::Client, mac) };
+    let guest = qemu::Guest::boot(&GuestConfig::new(name, vec![nic]))?;
+    guest.check(&format!("ip addr add {ip}/24 dev eth0 && ip link set eth0 up"))?;
+    host.wait_for_forwarding(&[name])?;
+    Ok(guest)
+}
+
+/// Frames as large as they may be; the first may be lost while the tunnel looks for its other end.
+fn ping(guest: &qemu::Guest, to: &str) -> Result<()> {
+    let largest = format!("-s {} {to}", MTU - 28);
+    guest.check(&format!("ping -c 1 -w 10 {largest} && ping -c 5 -i 0.05 -W 5 {largest}")).map(drop)
 }
 
 #[test]
