@@ -36,7 +36,7 @@ demo:
 
 # All targets in one build, so that the features of dependencies are the same for the daemon and for the tests.
 test:
-	tests/setup.sh build guest netdevsim dpdk ovs ovn lldpad fuzz python
+	tests/setup.sh build guest netdevsim igb dpdk ovs ovn lldpad fuzz python
 	cargo build --workspace --bins --tests
 	cargo test --workspace
 	cargo test --workspace --config 'target."cfg(unix)".runner = "$(CARGO_TARGET_DIR)/debug/guest"' $(IN_GUEST)

@@ -1,9 +1,11 @@
 #!/bin/bash
-# Gets a Debian 12 machine ready: setup.sh [build] [guest] [netdevsim] [dpdk] [ovs] [ovn] [lldpad] [fuzz] [python] [nova] [lint]
+# Gets a Debian 12 machine ready: setup.sh [build] [guest] [netdevsim] [igb] [dpdk] [ovs] [ovn] [lldpad]
+#          [fuzz] [python] [nova] [lint]
 #
 #   build      a linker, and a look at the Rust tool chain, which is not ours to install
 #   guest      QEMU, and the test guest in target/guest (guest/build.sh)
 #   netdevsim  for that guest: devices with representors, and without hardware; what needs them is skipped if there are none
+#   igb        for that guest: a QEMU with a card that has virtual functions (guest/qemu.sh); skipped like netdevsim
 #   dpdk       dpdk-testpmd
 #   ovs        Open vSwitch, with DPDK and without; its services are not started
 #   ovn        OVN, for two hosts with Open vSwitch; its services are not started
@@ -22,6 +24,12 @@ root=$(dirname "$(dirname "$(realpath "$0")")")
 fail() {
     printf 'setup.sh: %s\n' "$@" >&2
     exit 1
+}
+
+# What a machine may be without. Where changes are checked nothing is skipped.
+lacks() {
+    [ "${CI:-}" != true ] || fail "$1"
+    echo "setup.sh: $1" >&2
 }
 
 # What has to be there, as COMMAND:PACKAGE or PATH:PACKAGE.
@@ -47,8 +55,8 @@ needs() {
         echo $modules/os_vif:python3-os-vif $modules/setuptools:python3-setuptools $modules/wheel:python3-wheel ip:iproute2
         ;;
     nova) echo /usr/lib/python3.11/ensurepip:python3-venv ;;
-    lint) ;;
-    *) fail "unknown part: $1 (parts: build guest netdevsim dpdk ovs ovn lldpad fuzz python nova lint)" ;;
+    igb | lint) ;;
+    *) fail "unknown part: $1 (parts: build guest netdevsim igb dpdk ovs ovn lldpad fuzz python nova lint)" ;;
     esac
 }
 
@@ -103,7 +111,7 @@ check_fuzz() {
     cargo fuzz --version >/dev/null 2>&1 || cargo install --quiet --locked cargo-fuzz
 }
 
-[ $# -gt 0 ] || set -- build guest netdevsim dpdk ovs ovn lldpad fuzz python nova lint
+[ $# -gt 0 ] || set -- build guest netdevsim igb dpdk ovs ovn lldpad fuzz python nova lint
 needs=()
 for part; do
     words=$(needs "$part")
@@ -116,8 +124,11 @@ for part; do
     build) check_rust ;;
     guest) "$root/tests/guest/build.sh" "$root/target/guest" ;;
     netdevsim)
-        "$root/tests/guest/netdevsim.sh" "$root/target/guest" ||
-            echo "setup.sh: no netdevsim: what needs representors is skipped" >&2
+        "$root/tests/guest/netdevsim.sh" "$root/target/guest" || lacks "no netdevsim: what needs representors is skipped"
+        ;;
+    igb)
+        "$root/tests/guest/qemu.sh" "$root/target/guest" ||
+            lacks "no QEMU with igb: what needs virtual functions is skipped"
         ;;
     fuzz) check_fuzz ;;
     lint) check_lint ;;

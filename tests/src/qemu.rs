@@ -11,7 +11,7 @@ use std::ffi::OsString;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -30,7 +30,7 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 /// For commands that only look or configure.
 const RUN_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Where `tests/setup.sh guest` puts kernel and initramfs.
+/// Where `tests/setup.sh guest` puts kernel and initramfs, and `tests/setup.sh igb` a QEMU.
 pub const IMAGE_DIR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/guest");
 
 /// Set in the environment of a program that `guest` (src/bin/guest.rs) runs in a guest.
@@ -72,8 +72,11 @@ impl Nic {
 /// A directory for the guest. What is mounted in it has inode numbers of its own, so they are mapped.
 const HOST_DIR: &str = "local,mount_tag=host,security_model=none,readonly=on,multidevs=remap,path=";
 
-/// Address of a guest's spare network card.
+/// Address of a guest's spare virtio card.
 pub const SPARE_MAC: &str = "52:54:00:0f:0f:01";
+
+/// The QEMU that is installed.
+const INSTALLED: &str = "qemu-system-x86_64";
 
 /// What a guest is made of.
 #[derive(Clone, Debug)]
@@ -86,8 +89,10 @@ pub struct GuestConfig {
     pub memory_mib: u32,
     /// CPUs.
     pub cpus: u16,
-    /// A network card without a cable, and an IOMMU: for tests that give devices away. Its address is [`SPARE_MAC`].
-    pub spare_nic: bool,
+    /// Network cards without cables, and an IOMMU: for tests that give devices away. One is virtio's and has the address
+    /// [`SPARE_MAC`]. If `tests/setup.sh igb` found a QEMU that has it, another is an Intel 82576 (igb), which has virtual
+    /// functions.
+    pub spare_nics: bool,
     /// A directory of this machine that the guest sees, read-only, as /host.
     pub host_dir: Option<PathBuf>,
     /// Be the destination of a migration from a guest of the same shape, which comes over this socket.
@@ -98,7 +103,7 @@ impl GuestConfig {
     /// One CPU, 256 MiB.
     pub fn new(name: &str, nics: Vec<Nic>) -> Self {
         let name = name.into();
-        Self { name, nics, memory_mib: 256, cpus: 1, spare_nic: false, host_dir: None, incoming: None }
+        Self { name, nics, memory_mib: 256, cpus: 1, spare_nics: false, host_dir: None, incoming: None }
     }
 }
 
@@ -124,9 +129,11 @@ impl Guest {
         let dir = tempfile::Builder::new().prefix("guest").tempdir()?;
         let agent_socket = dir.path().join("agent");
         let qmp_socket = dir.path().join("qmp");
-        let version = Version::of_qemu()?;
+        let newer = image.join("qemu/usr/bin").join(INSTALLED);
+        let program = if config.spare_nics && newer.exists() { newer } else { INSTALLED.into() };
+        let version = Version::of(&program)?;
 
-        let mut qemu = Command::new("qemu-system-x86_64");
+        let mut qemu = Command::new(program);
         qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"])
             .args(["-machine", "q35,accel=tcg,memory-backend=memory", "-smp", &config.cpus.to_string()])
             .args(["-m", &format!("{}M", config.memory_mib)])
@@ -148,10 +155,13 @@ impl Guest {
         for (index, nic) in config.nics.iter().enumerate() {
             nic.add_to(&mut qemu, index, version);
         }
-        if config.spare_nic {
+        if config.spare_nics {
             // Interrupts by pins are left to the device: remapping those is KVM's to split.
             qemu.args(["-device", "intel-iommu,intremap=off"]);
             qemu.args(["-device", &format!("virtio-net-pci,vectors=0,romfile=,mac={SPARE_MAC}")]);
+            if version.has_igb() {
+                qemu.args(["-device", "pcie-root-port,id=root0", "-device", "igb,bus=root0,romfile="]);
+            }
         }
         if let Some(dir) = &config.host_dir {
             qemu.arg("-virtfs").arg(option(HOST_DIR, dir));
@@ -298,13 +308,11 @@ impl Nic {
 struct Version(u32, u32);
 
 impl Version {
-    fn of_qemu() -> Result<Self> {
-        static VERSION: OnceLock<Option<Version>> = OnceLock::new();
-        let version = VERSION.get_or_init(|| {
-            let output = Command::new("qemu-system-x86_64").arg("--version").output().ok()?;
-            Self::parse(&String::from_utf8_lossy(&output.stdout))
-        });
-        version.context("no qemu-system-x86_64 that tells its version: run tests/setup.sh guest")
+    fn of(program: &Path) -> Result<Self> {
+        let output = Command::new(program).arg("--version").output();
+        let version = output.ok().and_then(|output| Self::parse(&String::from_utf8_lossy(&output.stdout)));
+        let none = || format!("no {} that tells its version: run tests/setup.sh guest", program.display());
+        version.with_context(none)
     }
 
     /// From "QEMU emulator version 7.2.22 (...)".
@@ -322,6 +330,10 @@ impl Version {
     /// 10.0 does not.)
     fn can_use_msix(self) -> bool {
         self >= Self(10, 0)
+    }
+
+    fn has_igb(self) -> bool {
+        self >= Self(8, 0)
     }
 }
 
@@ -346,8 +358,10 @@ mod tests {
     fn versions_decide_about_quirks() {
         let old = Version::parse("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\n").unwrap();
         assert_eq!((old, old.can_use_msix(), old.reconnect()), (Version(7, 2), false, "reconnect=1"));
+        assert!(!old.has_igb());
         let new = Version::parse("QEMU emulator version 10.0.2\n").unwrap();
         assert_eq!((new, new.can_use_msix(), new.reconnect()), (Version(10, 0), true, "reconnect-ms=20"));
+        assert!(new.has_igb());
         assert_eq!(Version::parse("something else 1.2"), None);
     }
 

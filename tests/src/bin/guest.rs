@@ -1,10 +1,11 @@
 //! Runs a program of this machine under another kernel: `guest PROGRAM [ARGUMENT...]`
 //!
 //! For what a test needs of the kernel and this machine's may not have: Open vSwitch's datapath, 802.1Q VLAN devices,
-//! bonds, bridges that filter VLANs; and devices with representors, of netdevsim, if tests/setup.sh could build it. The kernel is
-//! the test guest's, Debian's with the modules named in tests/guest/build.sh, which load on demand. The program finds this machine's files at their places; what it writes is in the guest's memory
-//! and gone with it. It is root, in the directory and with the arguments and settings that it was given, and with
-//! [`MARK`] in its environment: under it nothing but netdevsim may be missing.
+//! bonds, bridges that filter VLANs; devices with representors, of netdevsim, and a card with virtual functions, igb, if
+//! tests/setup.sh could get them. The kernel is the test guest's, Debian's with the modules named in tests/guest/build.sh, which
+//! load on demand. The program finds this machine's files at their places; what it writes is in the guest's memory and gone
+//! with it. It is root, in the directory and with the arguments and settings that it was given, and with [`MARK`] in its
+//! environment: under it nothing but these two may be missing.
 //!
 //! Made to be cargo's runner, so that any test binary runs in a guest, here the one `host` of crate `hostnet`:
 //!
@@ -36,7 +37,7 @@ const SETTINGS: [&str; 5] = ["CARGO", "RUST", "VHOSTD", "INSTA", "PATH"];
 /// This machine's files with memory above them as the guest's own, then the program. A file system that is moved over the root
 /// is the root of namespaces made later, too, which one that was only changed to is not. Device nodes are the guest's.
 const WITH_FILES_OF_HOST: &str = r#"set -e
-modprobe -a overlay tun openvswitch virtio_net vfio-pci uio_pci_generic
+modprobe -a overlay tun openvswitch virtio_net igb igbvf vfio-pci uio_pci_generic
 if [ -e "/host$IMAGE/netdevsim.ko" ]; then modprobe psample; insmod "/host$IMAGE/netdevsim.ko"; fi
 mount -t tmpfs memory /tmp
 mkdir /tmp/upper /tmp/work /tmp/root
@@ -57,7 +58,7 @@ fn main() -> Result<ExitCode> {
     let config = GuestConfig {
         memory_mib: MEMORY,
         cpus: CPUS,
-        spare_nic: true,
+        spare_nics: true,
         host_dir: Some(PathBuf::from("/")),
         ..GuestConfig::new("guest", Vec::new())
     };
