@@ -78,7 +78,7 @@ pub fn plug_of(asked: &vif::Plug, socket: Option<Socket>) -> Result<(Name, PlugS
         VifKind::Direct(card) => {
             spec.to = Some(To::Macvtap(Macvtap { guest, ..direct::macvtap(asked, card)? }));
         }
-        VifKind::HostDevice(card) => spec.to = Some(To::Device(device::host_device(asked, card, guest)?)),
+        VifKind::HostDevice(card) => spec.to = Some(To::Device(device::host_device(asked, card)?)),
         VifKind::NestedDpdk(card) => spec.to = Some(To::Device(device::nested(asked, card)?)),
         _ => return Err(unsupported(&format!("a VIF of class {}", vif.class))),
     }

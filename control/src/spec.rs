@@ -195,8 +195,8 @@ pub enum SpecError {
     EthernetWithoutMac,
     /// Frames to the guest come through a macvtap on it.
     #[error(
-        "a device behind a guest's socket is driven by its network driver, and gets the guest's address from its macvtap: \
-         leave out driver, and ask for a generic one"
+        "a device behind a guest's socket is driven by its network driver: leave out driver, and ask for a generic or an \
+         ethernet one"
     )]
     DeviceBehindSocket,
     /// There is nothing to choose.

@@ -45,6 +45,12 @@ impl Netns {
         Self::held_by(Command::new("unshare").args(unshare), "mount -t sysfs sysfs /sys", own_user)
     }
 
+    /// The namespace that we are in, where the interface of a device comes when a driver takes it. It is not made for the
+    /// test: only for one that has its machine for itself, in a guest.
+    pub fn own() -> Result<Self> {
+        Self::held_by(Command::new("unshare").arg("--mount"), "true", false)
+    }
+
     /// Holds the namespaces that `enter` runs further arguments in, without a process in between, once the shell has done
     /// there what `first` says.
     pub(crate) fn held_by(enter: &mut Command, first: &str, own_user: bool) -> Result<Self> {

@@ -11,14 +11,15 @@ use crate::names::PciAddress;
 use crate::problem::Problem;
 use crate::spec::{Device, DeviceType, Ovs};
 
-/// A device, and its representor if the profile is one of Open vSwitch's, or what a switch outside is told of it. Behind a socket the guest has a card of ours: its address
-/// is not the device's to get.
-pub(super) fn host_device(asked: &vif::Plug, card: &HostDeviceVif, guest: bool) -> Result<Device, Problem> {
+/// A device, and its representor if the profile is one of Open vSwitch's, or what a switch outside is told of it. The same behind
+/// a socket: what the guest sends through the device is in the network by the address and the VLAN that the physical function
+/// holds.
+pub(super) fn host_device(asked: &vif::Plug, card: &HostDeviceVif) -> Result<Device, Problem> {
     let vif = &asked.vif;
     let address: PciAddress = parsed("vif.dev_address", required("vif.dev_address", &card.dev_address)?)?;
     let dev_type = match required("vif.dev_type", &card.dev_type)? {
-        HostDeviceType::Ethernet if guest => DeviceType::Ethernet,
-        HostDeviceType::Ethernet | HostDeviceType::Generic => DeviceType::Generic,
+        HostDeviceType::Ethernet => DeviceType::Ethernet,
+        HostDeviceType::Generic => DeviceType::Generic,
     };
     let device = Device { dev_type, ..Device::new(address) };
     let Some(profile) = vif.port_profile.value().filter(|profile| !is_plain(profile)) else {

@@ -194,6 +194,8 @@ fn any_card_may_be_served_by_a_socket_beside_it() {
     let data = json!({"create_tap": true, "create_port": true, "multiqueue": true});
     let generic = envelope("VIFGeneric", "1.0", json!({"id": ID, "vif_name": "tap1"}));
     let direct = json!({"id": ID, "vif_name": "mvt1", "mode": "bridge", "vlan_name": "vlan7"});
+    let function = json!({"id": ID, "address": "22:52:25:62:e2:aa", "dev_type": "ethernet", "dev_address": "0000:03:00.1",
+                          "network": envelope("Network", "1.1", json!({"id": NETWORK, "vlan": 7}))});
     for (vif, to) in [
         (in_bridge(json!({})), json!({"kind": "bridge", "bridge": "brq1", "tap": "tap1"})),
         (generic, json!({"kind": "tap", "tap": "tap1"})),
@@ -204,6 +206,10 @@ fn any_card_may_be_served_by_a_socket_beside_it() {
         (
             in_ovs("VIFOpenVSwitch", profile, json!({"vif_name": "tap1"}), data),
             json!({"kind": "ovs", "bridge": "br-int", "tap": "tap1"}),
+        ),
+        (
+            envelope("VIFHostDevice", "1.0", function),
+            json!({"kind": "device", "address": "0000:03:00.1", "dev_type": "ethernet", "vlan": 7}),
         ),
     ] {
         let spec = plug_by(&vif, Some(socket())).unwrap();

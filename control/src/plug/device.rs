@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! resolve   which device, what it is now, and whether the guest can have it    before anything is recorded
-//! attach    address, VLAN or port profile → driver → representor's name         each repeatable
+//! attach    address, VLAN or port profile → driver → representor's name → macvtap   each repeatable
 //! detach    the same backwards, to what the record says
 //! ```
 //!
@@ -79,7 +79,6 @@ impl Devices {
             device.spoof_check = device.spoof_check.or(self.config.spoof_check);
             device.trust = device.trust.or(self.config.trust);
         }
-        self.check(host, device, &now).await?;
         let mut found = Found {
             driver: now.binding.driver.clone(),
             driver_override: now.binding.driver_override.clone(),
@@ -89,6 +88,7 @@ impl Devices {
         if device.dev_type == DeviceType::Ethernet {
             found.function = Some(self.function(host, device, &now).await?);
         }
+        self.check(host, device, &now, behind_socket).await?;
         if let Some(port) = &mut device.port {
             found.representor = Some(self.resolve_port(host, ovs, id, &now, port).await?);
         }
@@ -97,10 +97,19 @@ impl Devices {
     }
 
     /// Refuses a device that the host needs, and one that no driver can give to a guest.
-    async fn check(&self, host: &HostNet, device: &Device, now: &PciDevice) -> Result<(), StepError> {
+    async fn check(
+        &self,
+        host: &HostNet,
+        device: &Device,
+        now: &PciDevice,
+        behind_socket: bool,
+    ) -> Result<(), StepError> {
         if !device.force {
             for interface in &now.interfaces {
                 host.refuse_used(interface).await?;
+            }
+            if !behind_socket {
+                Pci::check_functions(now)?;
             }
         }
         if device.driver.as_ref().is_some_and(|driver| driver.as_str().starts_with(VFIO_PREFIX)) {
@@ -207,6 +216,9 @@ impl Devices {
         if spec.socket.is_none() {
             return Ok(None);
         }
+        if let (Some(_), Some(mac)) = (&found.function, spec.mac) {
+            self.take_again_unless(host, address, found, |own| own == mac.0).await?;
+        }
         let now = self.pci(move |pci| pci.device(address.0)).await?;
         let below = named(now.interface()?)?;
         let tap = Some(Device::tap(id));
@@ -236,14 +248,16 @@ impl Devices {
                 host.set_interface(name.as_str(), *up, *mtu).await?;
             }
         }
-        if let Some(function) = &found.function
-            && let Some(interface) = gone_is_none(self.physical_interface(function.physical).await)?
-        {
-            self.give_back(host, id, spec, device, (interface, function)).await?;
+        if let Some(function) = &found.function {
+            if let Some(interface) = gone_is_none(self.physical_interface(function.physical).await)? {
+                self.give_back(host, id, spec, device, (interface, function)).await?;
+            }
+            if let (Some(_), Some(mac)) = (&spec.socket, spec.mac) {
+                self.take_again_unless(host, address, found, |own| own != mac.0).await?;
+            }
         }
         if device.driver.is_some() {
-            let before =
-                Binding { driver: found.driver.clone(), driver_override: found.driver_override.clone() };
+            let before = binding(found);
             gone_is_none(self.pci(move |pci| pci.restore(address.0, &before)).await)?;
         }
         Ok(())
@@ -273,6 +287,28 @@ impl Devices {
             Err(hostnet::Error::NoFunction { .. } | hostnet::Error::Missing { .. }) => Ok(()),
             done => Ok(done?),
         }
+    }
+
+    /// Has the network driver take a virtual function again, unless it has it and the interface's address is right: what the
+    /// physical function holds is not the interface's before. Nothing if the function is gone, or was nobody's.
+    async fn take_again_unless(
+        &self,
+        host: &HostNet,
+        address: PciAddress,
+        found: &Found,
+        is_right: impl Fn(&[u8]) -> bool,
+    ) -> Result<(), StepError> {
+        let Some(now) = gone_is_none(self.pci(move |pci| pci.device(address.0)).await)? else {
+            return Ok(());
+        };
+        if let Some(name) = now.interfaces.first()
+            && host.link(name).await?.is_some_and(|link| is_right(&link.address))
+        {
+            return Ok(());
+        }
+        let binding = binding(found);
+        gone_is_none(self.pci(move |pci| pci.take_again(address.0, &binding)).await)?;
+        Ok(())
     }
 
     async fn physical_interface(&self, physical: PciAddress) -> Result<String, PciError> {
@@ -315,6 +351,9 @@ pub(super) fn plan(id: &Name, spec: &PlugSpec, device: &Device) -> Vec<String> {
         steps.push(format!("take {name}, the representor of {address}{named}, and set it up"));
     }
     if spec.socket.is_some() {
+        if let (Some(_), Some(driver)) = (&found.function, &found.driver) {
+            steps.push(format!("have {driver} take {address} again, unless it has that address"));
+        }
         steps.push(format!("make {}, a macvtap that has {address} for itself", Device::tap(id)));
     }
     steps
@@ -337,6 +376,11 @@ async fn association(
 ) -> Option<Association> {
     let (profile, address) = (profile_of(asked.profile.as_ref()?).await, mac?.0);
     Some(Association { device, function: Some(function.number), address, profile })
+}
+
+/// How the device was bound when it was found.
+fn binding(found: &Found) -> Binding {
+    Binding { driver: found.driver.clone(), driver_override: found.driver_override.clone() }
 }
 
 /// What there is nothing to give back to.

@@ -112,7 +112,8 @@ impl StepError {
                     | Host::NameTaken { .. }
             ),
             Self::Device(error) => {
-                matches!(error, hostnet::PciError::Group { .. } | hostnet::PciError::Ambiguous { .. })
+                use hostnet::PciError as Pci;
+                matches!(error, Pci::Group { .. } | Pci::HasFunctions { .. } | Pci::Ambiguous { .. })
             }
             Self::Ovs(error) => error.is_conflict(),
             Self::Socket(error) => {

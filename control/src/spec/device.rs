@@ -143,7 +143,7 @@ impl Device {
             (Some(_), None) if ethernet => return Err(SpecError::EthernetWithoutMac),
             _ => {}
         }
-        if behind_socket && (self.driver.is_some() || self.dev_type != DeviceType::Generic) {
+        if behind_socket && (self.driver.is_some() || self.dev_type == DeviceType::Nested) {
             return Err(SpecError::DeviceBehindSocket);
         }
         let is_chosen = |port: &Ovs| {
@@ -213,8 +213,11 @@ mod tests {
         plug(json!({}), mac).unwrap();
         plug(json!({"address": AT}), json!({})).unwrap();
         let socket = json!({"socket": {"role": "listen", "path": "/run/x.sock"}});
-        let behind = plug(json!({"address": AT}), socket).unwrap();
+        let behind = plug(json!({"address": AT}), socket.clone()).unwrap();
         assert!(!behind.is_uplink() && behind.kernel_guest().is_none());
+        let mut held = socket;
+        held["mac"] = json!("52:54:00:00:00:01");
+        plug(json!({"address": AT, "dev_type": "ethernet", "vlan": 7}), held).unwrap();
     }
 
     #[test]

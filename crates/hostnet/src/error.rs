@@ -141,6 +141,17 @@ pub enum Error {
         /// The mode that was asked for.
         mode: MacvtapMode,
     },
+    /// A device that has to take a macvtap's address (mode passthrough) keeps its own.
+    #[error(
+        "macvtap {name} cannot have the guest's address: {device} keeps its own, as its physical function has it; plug the \
+         PCI device with dev_type ethernet"
+    )]
+    AddressHeld {
+        /// The macvtap.
+        name: String,
+        /// The device.
+        device: String,
+    },
     /// A macvtap carries no longer frames than what it is on.
     #[error("macvtap {name} cannot have an MTU of {mtu}: {device} has {most}, raise that first")]
     DeviceMtu {

@@ -11,7 +11,7 @@ use rtnetlink::packet_route::link::{InfoMacVtap, MacVtapMode};
 use sys::tap::{TapError, TapQueue};
 use tracing::info;
 
-use crate::error::{EBUSY, EINVAL};
+use crate::error::{EADDRNOTAVAIL, EBUSY, EINVAL};
 use crate::link::{Kind, LinkState};
 use crate::netlink::Message;
 use crate::sysctl::disable_ipv6;
@@ -74,7 +74,7 @@ impl HostNet {
     ///
     /// # Errors
     /// [`Error::Missing`] if there is no such device; [`Error::WrongKind`], [`Error::Foreign`], [`Error::OtherPlug`],
-    /// [`Error::OtherDevice`], [`Error::DeviceTaken`], [`Error::DeviceMtu`], [`Error::Changed`]; names and numbers out of
+    /// [`Error::OtherDevice`], [`Error::DeviceTaken`], [`Error::DeviceMtu`], [`Error::AddressHeld`], [`Error::Changed`]; names and numbers out of
     /// range; what the kernel refuses. Nothing is left of a macvtap that was made in vain.
     pub async fn ensure_macvtap(&self, spec: &MacvtapSpec) -> Result<Tap, Error> {
         if !(1..=QUEUES_MAX).contains(&spec.queues) {
@@ -135,7 +135,7 @@ impl HostNet {
         let marked = self.change("mark and set the address of", &link, edit).await;
         if let Err(error) = marked {
             self.delete(name, link.ifindex).await?;
-            return Err(error);
+            return Err(held(error, spec));
         }
         info!(macvtap = name, ifindex = link.ifindex, device = device.name, mode = %spec.mode, "macvtap made");
         Ok(link)
@@ -158,7 +158,8 @@ impl HostNet {
         }
         match spec.address {
             Some(own) if link.address != own => {
-                self.change("set the address of", &link, |message| message.address(own.to_vec())).await?;
+                let edit = |message: Message| message.address(own.to_vec());
+                self.change("set the address of", &link, edit).await.map_err(|error| held(error, spec))?;
             }
             _ => {}
         }
@@ -195,6 +196,16 @@ impl HostNet {
         disable_ipv6(&spec.name).await?;
         self.set_up(device).await?;
         self.set_up(link).await
+    }
+}
+
+/// What a virtual function's driver says when the physical one does not let it have another address.
+fn held(error: Error, spec: &MacvtapSpec) -> Error {
+    match error {
+        Error::Kernel { source, .. } if source.raw_os_error() == Some(EADDRNOTAVAIL) => {
+            Error::AddressHeld { name: spec.name.clone(), device: spec.device.clone() }
+        }
+        error => error,
     }
 }
 

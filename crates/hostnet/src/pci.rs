@@ -57,6 +57,8 @@ pub struct PciDevice {
     pub interfaces: Vec<String>,
     /// Its part in SR-IOV.
     pub function: Function,
+    /// The virtual functions that it has made, by number.
+    pub virtual_functions: Vec<PciAddress>,
     /// Its IOMMU group; none without an IOMMU.
     pub iommu_group: Option<u32>,
     /// It connects buses, and is nobody's to take.
@@ -106,6 +108,7 @@ impl Pci {
             binding: driver::binding(&dir)?,
             interfaces: interfaces(&dir)?,
             function: self.function(address, &dir)?,
+            virtual_functions: virtual_functions(&dir)?.into_iter().map(|(_, address)| address).collect(),
             iommu_group,
             is_bridge,
         })
@@ -161,13 +164,9 @@ impl Pci {
     fn function(&self, address: PciAddress, dir: &Entry) -> Result<Function, PciError> {
         let Some(physical) = dir.link_name("physfn")? else { return Ok(Function::Physical) };
         let of: PciAddress = physical.parse().map_err(|_| dir.odd("physfn", &physical))?;
-        let physical = self.tree.device(of)?;
-        for name in physical.names("")? {
-            let Some(number) = name.strip_prefix("virtfn") else { continue };
-            let Ok(number) = number.parse() else { return Err(physical.odd(&name, "no number")) };
-            if physical.link_name(&name)?.is_some_and(|end| end.parse() == Ok(address)) {
-                return Ok(Function::Virtual { of, number });
-            }
+        let of_physical = virtual_functions(&self.tree.device(of)?)?;
+        if let Some((number, _)) = of_physical.into_iter().find(|(_, other)| *other == address) {
+            return Ok(Function::Virtual { of, number });
         }
         Err(dir.odd("physfn", &format!("{of}, which has no virtfn link to it")))
     }
@@ -182,6 +181,22 @@ impl PciDevice {
         let unbound = || PciError::Unbound { address: self.address, driver: self.binding.driver.clone() };
         self.interfaces.first().map(String::as_str).ok_or_else(unbound)
     }
+}
+
+/// Those that a physical function has made, each with its number.
+fn virtual_functions(dir: &Entry) -> Result<Vec<(u32, PciAddress)>, PciError> {
+    let mut found = Vec::new();
+    for name in dir.names("")? {
+        let Some(number) = name.strip_prefix("virtfn") else { continue };
+        // One that goes away is none any more.
+        let Some(end) = dir.link_name(&name)? else { continue };
+        match (number.parse(), end.parse()) {
+            (Ok(number), Ok(address)) => found.push((number, address)),
+            _ => return Err(dir.odd(&name, &end)),
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
 }
 
 /// Its own, or, of a virtio device, those of the device inside.

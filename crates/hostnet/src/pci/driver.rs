@@ -59,6 +59,16 @@ impl Pci {
         if others.is_empty() { Ok(()) } else { Err(PciError::Group { address, group, others }) }
     }
 
+    /// Refuses a physical function with virtual ones: its driver takes them away when it lets go of it, whoever has them, and
+    /// does not make them again.
+    ///
+    /// # Errors
+    /// [`PciError::HasFunctions`].
+    pub fn check_functions(device: &PciDevice) -> Result<(), PciError> {
+        let (address, functions) = (device.address, device.virtual_functions.clone());
+        if functions.is_empty() { Ok(()) } else { Err(PciError::HasFunctions { address, functions }) }
+    }
+
     /// Gives the device to this driver, which takes it alone. If that does not want it, it is as it was.
     ///
     /// # Errors
@@ -91,6 +101,24 @@ impl Pci {
             self.check_driver(address, driver)?;
         }
         self.change(address, before)
+    }
+
+    /// Has the device's driver let go of it and take it again, and waits for the interface that comes of it: what a physical
+    /// function holds of a virtual one, drivers ask for when they take it.
+    ///
+    /// # Errors
+    /// As for [`bind`](Self::bind); [`PciError::Unbound`].
+    pub fn take_again(&self, address: PciAddress, binding: &Binding) -> Result<(), PciError> {
+        let nobody = Binding { driver: None, driver_override: binding.driver.clone() };
+        self.change(address, &nobody)?;
+        self.change(address, binding)?;
+        let deadline = Instant::now() + SETTLE_LIMIT;
+        loop {
+            match self.device(address)?.interface() {
+                Err(_) if Instant::now() < deadline => std::thread::sleep(LOOK_EVERY),
+                found => return found.map(drop),
+            }
+        }
     }
 
     fn change(&self, address: PciAddress, wanted: &Binding) -> Result<(), PciError> {

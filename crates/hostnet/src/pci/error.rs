@@ -136,6 +136,18 @@ pub enum PciError {
         /// Each with its driver.
         others: Vec<String>,
     },
+    /// The device has virtual functions.
+    #[error(
+        "PCI device {address} has virtual functions, which go when its driver lets go of it: {}; give one of these, or \
+         remove them first (sriov_numvfs), or ask for it nevertheless",
+        functions.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+    )]
+    HasFunctions {
+        /// The device.
+        address: PciAddress,
+        /// Where they are.
+        functions: Vec<PciAddress>,
+    },
     /// There is no IOMMU.
     #[error("PCI device {address} is in no IOMMU group: switch the IOMMU on (firmware, intel_iommu=on)")]
     NoIommu {

@@ -54,7 +54,10 @@ fn a_device_is_seen_with_all_that_matters() {
     assert_eq!((vf.interface().unwrap(), vf.iommu_group), ("v1", Some(7)));
     assert_eq!(vf.binding, binding(Some("igbvf"), None));
     let pf = pci(&sysfs).device(at(PF)).unwrap();
-    assert_eq!((pf.function, pf.iommu_group, pf.binding), (Function::Physical, None, Binding::default()));
+    assert_eq!((&pf.function, pf.iommu_group, &pf.binding), (&Function::Physical, None, &Binding::default()));
+    let error = Pci::check_functions(&pf).unwrap_err();
+    assert!(error.to_string().contains(&format!("its driver lets go of it: {VF};")), "{error}");
+    Pci::check_functions(&vf).unwrap();
 }
 
 #[test]
@@ -111,8 +114,13 @@ fn what_is_gone_or_odd_is_named() {
     let dir = sysfs.device("0000:0e:00.0").unwrap();
     sysfs.link(&format!("{dir}/physfn"), &format!("../{PF}")).unwrap();
     assert!(matches!(device("0000:0e:00.0"), PciError::Odd { .. }));
-    sysfs.link(&format!("devices/pci0000:00/{PF}/virtfnx"), "../0000:0e:00.0").unwrap();
-    assert!(matches!(device("0000:0e:00.0"), PciError::Odd { .. }));
+    for (name, target) in [("virtfnx", "../0000:0e:00.0"), ("virtfn7", "../elsewhere")] {
+        let link = format!("devices/pci0000:00/{PF}/{name}");
+        sysfs.link(&link, target).unwrap();
+        let error = device("0000:0e:00.0");
+        assert!(matches!(&error, PciError::Odd { path, .. } if path.ends_with(name)), "{error}");
+        fs::remove_file(sysfs.path(&link)).unwrap();
+    }
 }
 
 #[test]
@@ -170,6 +178,25 @@ fn a_device_changes_its_driver_and_goes_back() {
             assert_eq!(now(), before);
         }
     }
+}
+
+#[test]
+fn a_driver_takes_the_device_again_also_when_that_was_cut_short() {
+    let sysfs = card();
+    let pci = pci(&sysfs);
+    sysfs.answer_as_kernel(&["igbvf"], "igbvf").unwrap();
+    sysfs.bound(VF, "igbvf").unwrap();
+    let before = pci.device(at(VF)).unwrap().binding;
+    pci.take_again(at(VF), &before).unwrap();
+    assert_eq!(pci.device(at(VF)).unwrap().binding, before);
+    let dir = format!("devices/pci0000:00/{VF}");
+    sysfs.write(&format!("{dir}/driver_override"), "igbvf\n").unwrap();
+    fs::remove_file(sysfs.path(&format!("{dir}/driver"))).unwrap();
+    pci.take_again(at(VF), &before).unwrap();
+    assert_eq!(pci.device(at(VF)).unwrap().binding, before);
+    fs::remove_dir_all(sysfs.path(&format!("{dir}/net"))).unwrap();
+    let error = pci.take_again(at(VF), &before).unwrap_err();
+    assert!(matches!(&error, PciError::Unbound { .. }), "{error}");
 }
 
 #[test]

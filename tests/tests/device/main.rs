@@ -6,14 +6,17 @@
 //! ```
 #![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
 
+mod igb;
+
 use std::env;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use e2e::daemon::Daemon;
 use e2e::deadline::wait_for_some;
 use e2e::exchange::{self, GUESTS};
@@ -64,9 +67,7 @@ impl Host {
     }
 
     fn plug(&self, document: &Value) -> Result<Output> {
-        let path = self.daemon.socket("document.json");
-        fs::write(&path, document.to_string())?;
-        self.daemon.command(&["plug", "-f", path.to_str().unwrap()])
+        plug(&self.daemon, document)
     }
 
     fn dry_run(&self, document: &Value) -> Result<String> {
@@ -76,9 +77,7 @@ impl Host {
     }
 
     fn plugged(&self, document: &Value) -> Result<()> {
-        let output = self.plug(document)?;
-        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        Ok(())
+        plugged(&self.daemon, document)
     }
 
     /// Driver and override of each device; names, addresses, MTUs of all links and whether they are up.
@@ -108,13 +107,29 @@ impl Host {
     }
 
     fn guest(&self, name: &str) -> Result<Peer> {
-        let path = self.daemon.socket(name);
-        let connect = || Ok(Peer::connect(&path, PeerConfig::default()).ok());
-        let mut guest = wait_for_some("the port's socket", SOON, connect)?;
-        guest.offer_all();
-        self.daemon.wait_for_forwarding(&[name])?;
-        Ok(guest)
+        guest(&self.daemon, name)
     }
+}
+
+fn plug(daemon: &Daemon, document: &Value) -> Result<Output> {
+    let path = daemon.socket("document.json");
+    fs::write(&path, document.to_string())?;
+    daemon.command(&["plug", "-f", path.to_str().unwrap()])
+}
+
+fn plugged(daemon: &Daemon, document: &Value) -> Result<()> {
+    let output = plug(daemon, document)?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+fn guest(daemon: &Daemon, name: &str) -> Result<Peer> {
+    let path = daemon.socket(name);
+    let connect = || Ok(Peer::connect(&path, PeerConfig::default()).ok());
+    let mut guest = wait_for_some("the port's socket", SOON, connect)?;
+    guest.offer_all();
+    daemon.wait_for_forwarding(&[name])?;
+    Ok(guest)
 }
 
 fn said(output: &Output, code: i32) -> Result<String> {
@@ -124,10 +139,10 @@ fn said(output: &Output, code: i32) -> Result<String> {
 }
 
 /// A VIFHostDevice as nova makes one of a port of vnic type `direct`, but for `dev_type`.
-fn host_device(dev_type: &str) -> Value {
+fn host_device(dev_type: &str, dev_address: &str) -> Value {
     let network = envelope("Network", "1.1", &json!({"id": ID, "bridge": "br0", "mtu": 1450}));
     let mut data = json!({"id": ID, "address": "22:52:25:62:e2:aa", "network": network, "dev_type": dev_type,
-                          "dev_address": VFS[0]});
+                          "dev_address": dev_address});
     data["port_profile"] = envelope("VIFPortProfileBase", "1.1", &json!({}));
     envelope("VIFHostDevice", "1.0", &data)
 }
@@ -136,7 +151,7 @@ fn host_device(dev_type: &str) -> Value {
 fn a_device_is_given_to_the_guest_and_given_back_also_after_a_kill() -> Result<()> {
     let mut host = Host::start(0, |_| Ok("driver = \"vfio-pci\"\n".into()))?;
     let before = host.state()?;
-    let vif = host_device("generic");
+    let vif = host_device("generic", VFS[0]);
     let dry = host.dry_run(&vif)?;
     assert!(dry.contains("bind 0000:03:00.1 to driver vfio-pci, which is bound to igbvf"), "{dry}");
     assert_eq!(host.state()?, before);
@@ -177,7 +192,7 @@ fn a_kill_in_the_middle_leaves_nothing_behind() -> Result<()> {
     let driver = host.sysfs.path(&format!("bus/pci/devices/{}/driver", VFS[0]));
     fs::remove_file(&driver)?;
     host.sysfs.bound(VFS[0], "stuck")?;
-    let body = json!({"vif": host_device("generic"), "instance_info": null}).to_string();
+    let body = json!({"vif": host_device("generic", VFS[0]), "instance_info": null}).to_string();
     std::thread::scope(|scope| -> Result<()> {
         let daemon = &host.daemon;
         scope.spawn(move || daemon.http("POST", "/v1/os-vif/plug", &body));
@@ -226,8 +241,8 @@ fn what_no_guest_can_have_is_refused_and_untouched() -> Result<()> {
     };
     refused(&generic(json!({"address": "0000:09:00.0"})), PRECONDITION, "no PCI device 0000:09:00.0")?;
     refused(&generic(json!({"driver": "igc"})), PRECONDITION, "modprobe igc")?;
-    refused(&host_device("ethernet"), PRECONDITION, "p0 has no virtual function 0")?;
-    let mut vif = host_device("ethernet");
+    refused(&host_device("ethernet", VFS[0]), PRECONDITION, "p0 has no virtual function 0")?;
+    let mut vif = host_device("ethernet", VFS[0]);
     vif["versioned_object.data"]["port_profile"] =
         envelope("VIFPortProfile8021Qbh", "1.1", &json!({"profile_id": "web"}));
     let instance = envelope("InstanceInfo", "1.0", &json!({"uuid": ID}));
@@ -246,7 +261,7 @@ fn what_no_guest_can_have_is_refused_and_untouched() -> Result<()> {
     refused(&generic(json!({})), CONFLICT, "192.0.2.1")?;
     host.plugged(&generic(json!({"force": true})))?;
     host.daemon.host().run("ip addr del 192.0.2.1/24 dev v1")?;
-    let errors = said(&host.plug(&host_device("generic"))?, CONFLICT)?;
+    let errors = said(&host.plug(&host_device("generic", VFS[0]))?, CONFLICT)?;
     assert!(errors.contains("belongs to plug vm1"), "{errors}");
     host.daemon.run(&["unplug", "vm1"])?;
     Ok(())
@@ -439,15 +454,9 @@ fn a_device_of_the_test_guest_changes_its_driver() -> Result<()> {
     let driver = || fs::read_link(format!("/sys/bus/pci/devices/{address}/driver"));
     let is_bound = |name: &str| driver().is_ok_and(|driver| driver.ends_with(name));
     let mut daemon = Daemon::start_on(netns, "")?;
-    let plug = |daemon: &Daemon, document: &Value| -> Result<Output> {
-        let path = daemon.socket("document.json");
-        fs::write(&path, document.to_string())?;
-        daemon.command(&["plug", "-f", path.to_str().unwrap()])
-    };
 
     let nested = envelope("VIFNestedDPDK", "1.0", &json!({"id": ID, "address": SPARE_MAC}));
-    let plugged = plug(&daemon, &nested)?;
-    ensure!(plugged.status.success(), "{plugged:?}");
+    plugged(&daemon, &nested)?;
     assert!(is_bound("uio_pci_generic"), "{:?}", driver());
     assert_eq!(daemon.json(&["show", ID])?["spec"]["to"]["found"]["driver"], "virtio-pci");
     daemon.run(&["unplug", ID])?;
@@ -456,8 +465,7 @@ fn a_device_of_the_test_guest_changes_its_driver() -> Result<()> {
     let generic = |driver: &str| json!({"id": "vm1", "spec": {"to": {"kind": "device", "address": address, "driver": driver}}});
     let errors = said(&plug(&daemon, &generic("pcieport"))?, PRECONDITION)?;
     assert!(errors.contains("did not take") && is_bound("virtio-pci"), "{errors}");
-    let plugged = plug(&daemon, &generic("vfio-pci"))?;
-    ensure!(plugged.status.success(), "{plugged:?}");
+    plugged(&daemon, &generic("vfio-pci"))?;
     assert!(is_bound("vfio-pci"), "{:?}", driver());
     let group = daemon.json(&["show", "vm1"])?["spec"]["to"]["found"]["iommu_group"].to_string();
     assert!(Path::new(&format!("/dev/vfio/{group}")).exists(), "{group}");
