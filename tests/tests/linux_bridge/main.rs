@@ -2,6 +2,8 @@
 //! before and after is all there is of the host: links, addresses, routes, and rows of the switch's database.
 #![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
 
+mod kernel;
+
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
