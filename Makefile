@@ -27,7 +27,7 @@ INSTRUCTIONS = { command -v valgrind || { apt-get update -q && apt-get install -
 
 # Tests of what this machine's kernel may lack, in a guest with Debian's (tests/src/bin/guest.rs): test binaries, then
 # names of tests, or parts of them.
-IN_GUEST = --test host --test ovs --test device --test linux_bridge -- \
+IN_GUEST = --test host --test ovs --test ovs_vif --test device --test linux_bridge -- \
 	vlan:: bridge::made either_datapath netdevsim test_guest igb:: kernel:: a_vlan_of_the_uplink
 
 .PHONY: demo test nova soak bench lint

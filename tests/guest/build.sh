@@ -23,7 +23,7 @@ libraries=(/lib/x86_64-linux-gnu/libgcc_s.so.1)
 modules=(
     virtio_pci virtio_console virtio_net 9p 9pnet_virtio overlay
     8021q bonding bridge dummy ifb macvlan macvtap openvswitch team tun veth vhost_net vxlan geneve
-    act_mirred cls_matchall cls_flower sch_fq sch_ingress sch_netem pktgen tcp_bbr
+    act_mirred cls_matchall cls_flower sch_fq sch_htb sch_ingress sch_netem pktgen tcp_bbr
     igb igbvf vfio-pci uio_pci_generic psample
     crc32c_generic
 )

@@ -1,4 +1,5 @@
 //! VIFs of os-vif in Open vSwitch: what is left in the database, row for row as os-vif's own plug-in leaves it, and on the host.
+//! Some of it also with the kernel's datapath, in the test guest.
 #![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
 
 use anyhow::{Result, ensure};
@@ -22,7 +23,7 @@ fn start(more: &str) -> Result<Host> {
 }
 
 #[test]
-fn rows_are_those_of_os_vif() -> Result<()> {
+fn rows_are_those_of_os_vif_with_either_datapath() -> Result<()> {
     let through_linux_bridge = in_open_vswitch(
         "VIFBridge",
         "br-int",
@@ -122,7 +123,8 @@ fn a_new_port_is_isolated_where_the_configuration_says_so() -> Result<()> {
 }
 
 #[test]
-fn a_row_of_table_qos_goes_with_its_port_and_takes_the_place_of_older_ones() -> Result<()> {
+fn a_row_of_table_qos_goes_with_its_port_and_takes_the_place_of_older_ones_with_either_datapath() -> Result<()>
+{
     let host = start("qos_type = \"linux-htb\"")?;
     let before = host.state()?;
     let rows = || host.ovs.vsctl("--no-wait --bare --columns=type list QoS");
@@ -134,9 +136,12 @@ fn a_row_of_table_qos_goes_with_its_port_and_takes_the_place_of_older_ones() -> 
     }
     host.plug_vif(&vif)?;
     assert_eq!(rows()?, "linux-htb");
+    let discipline = || host.ovs.host().run(&format!("tc qdisc show dev {TAP}"));
+    ensure!(discipline()?.contains("qdisc htb"), "{}", discipline()?);
     host.ovs.vsctl(&format!("del-port {TAP}"))?;
     host.daemon.wait_for_forwarding(&[VIF])?;
     assert_eq!(rows()?, "linux-htb");
+    ensure!(discipline()?.contains("qdisc htb"), "{}", discipline()?);
     host.unplug_vif(&vif)?;
     assert_eq!(host.state()?, before);
     Ok(())
@@ -151,7 +156,7 @@ fn a_daemon_killed_in_the_middle_leaves_a_port_in_its_own_bridge_whole_or_not_at
 }
 
 #[test]
-fn many_ports_forward_again_after_the_switch_was_killed() -> Result<()> {
+fn many_ports_forward_again_after_the_switch_was_killed_with_either_datapath() -> Result<()> {
     const PLUGS: usize = 32;
     let mut host = start("")?;
     let names: Vec<_> = (0..PLUGS).map(|n| format!("vm{n}")).collect();
