@@ -89,6 +89,9 @@ impl Devices {
             found.function = Some(self.function(host, device, &now).await?);
         }
         self.check(host, device, &now, behind_socket).await?;
+        if behind_socket && let Some(interface) = now.interfaces.first() {
+            found.ipv6 = host.speaks_ipv6(interface).await?;
+        }
         if let Some(port) = &mut device.port {
             found.representor = Some(self.resolve_port(host, ovs, id, &now, port).await?);
         }
@@ -221,6 +224,8 @@ impl Devices {
         }
         let now = self.pci(move |pci| pci.device(address.0)).await?;
         let below = named(now.interface()?)?;
+        // With the address that the interface has of the macvtap, what the host says there would be the guest's.
+        host.set_ipv6(below.as_str(), false).await?;
         let tap = Some(Device::tap(id));
         let alone = Macvtap { mode: MacvtapMode::Passthrough, tap, ..Macvtap::new(below) };
         macvtap::ensure(host, &self.associations, id, spec, &alone).await
@@ -255,6 +260,12 @@ impl Devices {
             if let (Some(_), Some(mac)) = (&spec.socket, spec.mac) {
                 self.take_again_unless(host, address, found, |own| own != mac.0).await?;
             }
+        }
+        if found.ipv6
+            && let Some(now) = gone_is_none(self.pci(move |pci| pci.device(address.0)).await)?
+            && let Some(interface) = now.interfaces.first()
+        {
+            host.set_ipv6(interface, true).await?;
         }
         if device.driver.is_some() {
             let before = binding(found);

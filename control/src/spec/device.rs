@@ -73,6 +73,9 @@ pub struct Found {
     /// Its IOMMU group: a guest opens `/dev/vfio/N`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub iommu_group: Option<u32>,
+    /// The host spoke IPv6 on its interface; of one behind a socket, whose address is the guest's meanwhile.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub ipv6: bool,
     /// As its physical function held it; of an `ethernet` one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub function: Option<FoundFunction>,

@@ -10,6 +10,7 @@ use tracing::info;
 use crate::error::{EBUSY, EEXIST};
 use crate::link::{Kind, LinkState};
 use crate::netlink::Message;
+use crate::sysctl::{self, DISABLE_IPV6, Family};
 use crate::{Error, HostNet};
 
 /// What the host does with an interface, which it could not do any more without it.
@@ -112,6 +113,23 @@ impl HostNet {
             (true, false) => self.change("set down", &link, Message::down).await,
             _ => Ok(()),
         }
+    }
+
+    /// Whether the host speaks IPv6 on the interface. False in a kernel without IPv6.
+    ///
+    /// # Errors
+    /// [`Error::Sysctl`].
+    pub async fn speaks_ipv6(&self, name: &str) -> Result<bool, Error> {
+        let disabled = sysctl::get(Family::V6, name, DISABLE_IPV6).await?;
+        Ok(disabled.is_some_and(|disabled| disabled == "0"))
+    }
+
+    /// Has the host speak IPv6 on the interface, or not.
+    ///
+    /// # Errors
+    /// [`Error::Sysctl`].
+    pub async fn set_ipv6(&self, name: &str, speaks: bool) -> Result<(), Error> {
+        sysctl::set(Family::V6, name, DISABLE_IPV6, if speaks { "0" } else { "1" }).await
     }
 
     async fn addresses(&self, link: &LinkState) -> Result<Vec<String>, Error> {

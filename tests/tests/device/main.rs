@@ -319,12 +319,15 @@ fn guests_behind_sockets_reach_open_vswitch_through_their_virtual_functions() ->
     for id in ["iface-id=lsp-vm1", "iface-status=active", "attached-mac="] {
         assert!(ids.contains(id), "{ids}");
     }
+    let silenced = host.daemon.host().run("cat /proc/sys/net/ipv6/conf/v1/disable_ipv6")?;
+    assert_eq!(silenced, "1\n", "it would speak with the guest's address");
     exchange::exchange(&mut host.guest("vm1")?, &mut host.guest("vm2")?)?;
     host.daemon.kill_and_restart()?;
     exchange::exchange(&mut host.guest("vm1")?, &mut host.guest("vm2")?)?;
     for name in ["vm1", "vm2"] {
         host.daemon.run(&["unplug", name])?;
     }
+    assert_eq!(host.daemon.host().run("cat /proc/sys/net/ipv6/conf/v1/disable_ipv6")?, "0\n");
     // A device below a macvtap is set up, and stays so.
     host.daemon.host().run("ip link set v1 down; ip link set v2 down")?;
     assert_eq!(host.state()?, before);
