@@ -37,7 +37,7 @@ const SETTINGS: [&str; 5] = ["CARGO", "RUST", "VHOSTD", "INSTA", "PATH"];
 /// This machine's files with memory above them as the guest's own, then the program. A file system that is moved over the root
 /// is the root of namespaces made later, too, which one that was only changed to is not. Device nodes are the guest's.
 const WITH_FILES_OF_HOST: &str = r#"set -e
-modprobe -a overlay tun openvswitch virtio_net igb igbvf vfio-pci uio_pci_generic
+modprobe -a overlay tun openvswitch bonding virtio_net igb igbvf vfio-pci uio_pci_generic
 if [ -e "/host$IMAGE/netdevsim.ko" ]; then modprobe psample; insmod "/host$IMAGE/netdevsim.ko"; fi
 mount -t tmpfs memory /tmp
 mkdir /tmp/upper /tmp/work /tmp/root

@@ -29,6 +29,8 @@ fn card() -> Sysfs {
     sysfs.interface(&pf, "p0", "52:54:00:00:00:10").unwrap();
     let vf = sysfs.virtual_function(1, VF).unwrap();
     sysfs.interface(&vf, "v1", "52:54:00:00:00:11").unwrap();
+    // Where the kernel has bonds.
+    sysfs.write("class/net/bonding_masters", "bond0\n").unwrap();
     sysfs
 }
 

@@ -130,9 +130,11 @@ impl Entry {
     }
 }
 
-/// Whether the kernel has no such thing, or the device it is about has just gone or does not support it.
+/// Whether the kernel has no such thing, or the device it is about has just gone or does not support it. Not all that is among
+/// the interfaces is one: `class/net/bonding_masters` is a file.
 fn is_absent(error: &io::Error) -> bool {
     const ENODEV: i32 = 19;
     const EOPNOTSUPP: i32 = 95;
-    error.kind() == ErrorKind::NotFound || matches!(error.raw_os_error(), Some(ENODEV | EOPNOTSUPP))
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
+        || matches!(error.raw_os_error(), Some(ENODEV | EOPNOTSUPP))
 }
