@@ -11,6 +11,7 @@ use std::sync::mpsc;
 
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition, TableError};
 use serde::{Deserialize, Serialize};
+use sys::fail_point;
 use tokio::sync::oneshot;
 
 use crate::names::Name;
@@ -238,6 +239,7 @@ fn commit(database: &Database, batch: &[Write]) -> Result<(), redb::Error> {
             }
         }
     }
+    fail_point::pass(format_args!("commit {} records", batch.len()));
     transaction.commit()?;
     Ok(())
 }

@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 
 use hostnet::{HostNet, Kind, LinkState};
 use ovsdb::{Client, Device, PortSpec, Switch, View};
+use sys::fail_point;
 use tokio::sync::watch::Receiver;
 
 use self::watch::Lookout;
@@ -104,7 +105,9 @@ impl OpenVSwitch {
             return Ok(());
         }
         let failed = |cause| StepError::SwitchDirectory { path: dir.display().to_string(), cause };
+        fail_point::pass(format_args!("make {}", dir.display()));
         tokio::fs::create_dir_all(dir).await.map_err(failed)?;
+        fail_point::pass(format_args!("set the permissions of {}", dir.display()));
         let permissions = PermissionsExt::from_mode(DIRECTORY_MODE);
         tokio::fs::set_permissions(dir, permissions).await.map_err(failed)
     }

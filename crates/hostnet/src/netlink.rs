@@ -6,6 +6,7 @@ use std::time::Duration;
 use futures::{TryStream, TryStreamExt};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::{Handle, LinkGetRequest, LinkHandle, LinkMessageBuilder, LinkUnspec};
+use sys::fail_point;
 use tokio::sync::{Mutex, Semaphore, SemaphorePermit};
 use tokio::task::JoinHandle;
 
@@ -127,8 +128,7 @@ impl HostNet {
         name: &str,
         message: LinkMessage,
     ) -> Result<(), Error> {
-        let _turn = self.turn().await;
-        answer(doing, name, self.links().add(message).execute()).await
+        self.alter(doing, name, self.links().add(message).execute()).await
     }
 
     /// Changes a link as `edit` says.
@@ -139,18 +139,28 @@ impl HostNet {
         edit: impl FnOnce(Message) -> Message,
     ) -> Result<(), Error> {
         let message = edit(LinkUnspec::new_with_index(link.ifindex)).build();
-        let _turn = self.turn().await;
-        answer(doing, &link.name, self.links().change(message).execute()).await
+        self.alter(doing, &link.name, self.links().change(message).execute()).await
     }
 
     /// Deletes a link; false if it is gone already.
     pub(crate) async fn delete(&self, name: &str, ifindex: u32) -> Result<bool, Error> {
-        let _turn = self.turn().await;
-        match answer("remove", name, self.links().del(ifindex).execute()).await {
+        match self.alter("remove", name, self.links().del(ifindex).execute()).await {
             Ok(()) => Ok(true),
             Err(Error::Missing { .. }) => Ok(false),
             Err(error) => Err(error),
         }
+    }
+
+    /// Makes any change.
+    pub(crate) async fn alter(
+        &self,
+        doing: &'static str,
+        name: &str,
+        request: impl Future<Output = Result<(), rtnetlink::Error>>,
+    ) -> Result<(), Error> {
+        let _turn = self.turn().await;
+        fail_point::pass(format_args!("{doing} {name}"));
+        answer(doing, name, request).await
     }
 
     /// All links that are ports of `master`.
@@ -191,7 +201,7 @@ impl HostNet {
 }
 
 /// Waits for the kernel's answer, not for ever.
-pub(crate) async fn answer<T>(
+async fn answer<T>(
     doing: &'static str,
     name: &str,
     request: impl Future<Output = Result<T, rtnetlink::Error>>,

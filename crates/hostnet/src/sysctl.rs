@@ -3,6 +3,8 @@
 
 use std::io;
 
+use sys::fail_point;
+
 use crate::Error;
 
 /// IPv4 or IPv6, as the directory is named.
@@ -22,6 +24,7 @@ pub(crate) const DISABLE_IPV6: &str = "disable_ipv6";
 
 /// Sets a key of an interface. A kernel without that IP version has nothing to set.
 pub(crate) async fn set(family: Family, name: &str, key: &'static str, value: &str) -> Result<(), Error> {
+    fail_point::pass(format_args!("set {key} of {name}"));
     match tokio::fs::write(path(family, name, key), value).await {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result.map_err(|source| Error::Sysctl { name: name.to_owned(), key, source }),

@@ -23,7 +23,6 @@ use tracing::info;
 use crate::bridge::{bridge, is_shared};
 use crate::error::{EADDRNOTAVAIL, EEXIST, ESRCH};
 use crate::link::LinkState;
-use crate::netlink::answer;
 use crate::sysctl::{self, DISABLE_IPV6, Family};
 use crate::{BRIDGE_MARK, Error, HostNet};
 
@@ -132,11 +131,11 @@ impl HostNet {
         }
         for route in routes {
             let request = self.handle().route().del(route).execute();
-            gone(answer("take a route from", &from.name, request).await)?;
+            gone(self.alter("take a route from", &from.name, request).await)?;
         }
         for address in &addresses {
             let request = self.handle().address().del(address.clone()).execute();
-            gone(answer("take an address from", &from.name, request).await)?;
+            gone(self.alter("take an address from", &from.name, request).await)?;
         }
         Ok(addresses.len())
     }
@@ -185,7 +184,7 @@ impl HostNet {
             }
             Ok(())
         };
-        match answer(doing, name, send).await {
+        match self.alter(doing, name, send).await {
             Err(Error::Kernel { source, .. }) if source.raw_os_error() == Some(EEXIST) => Ok(()),
             result => result,
         }

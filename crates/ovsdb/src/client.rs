@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use sys::fail_point;
 use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -61,6 +62,10 @@ impl Client {
     /// `waits` is how long its `wait` operations may take beside the server's own time.
     pub async fn transact(&self, operations: Vec<Value>, waits: Duration) -> Result<Vec<Row>, Error> {
         let count = operations.len();
+        // What waits for a change stands behind it.
+        if let Some(change) = operations.iter().find(|operation| operation["op"] != "select") {
+            fail_point::pass(format_args!("{} {}", change["op"], change["table"]));
+        }
         // Whoever waits for another's attempt to connect waits no longer than one attempt takes.
         let late = |_| Err(Error::Connect { address: self.address.to_string(), cause: "timed out".into() });
         let requests = timeout(LIMIT, self.requests()).await.unwrap_or_else(late)?;

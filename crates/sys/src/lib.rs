@@ -5,6 +5,7 @@
 //! - [`call`]: signal an eventfd that belongs to a hostile peer without ever blocking.
 //! - [`numa`]: the node of a processor, and of a page.
 //! - [`fd`]: descriptors for crates that know only raw ones.
+//! - [`fail_point`]: die where a test says.
 #![allow(unsafe_code)]
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
@@ -12,6 +13,7 @@ compile_error!("vhostd runs on 64-bit Linux only");
 
 pub mod call;
 pub mod clock;
+pub mod fail_point;
 pub mod fd;
 pub mod numa;
 pub mod sigbus;

@@ -20,6 +20,8 @@ use std::path::{Path, PathBuf};
 
 pub use libc::{TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_USO4, TUN_F_USO6};
 
+use crate::fail_point;
+
 /// Bytes of virtio-net header before each frame (virtio 1.2, 5.1.6: with num_buffers).
 pub const VNET_HEADER_LEN: usize = 12;
 
@@ -173,6 +175,7 @@ impl TapQueue {
 
     /// Joins the device, with the virtio-net header of this module.
     fn with_header(self, name: &str, extra: libc::c_int) -> Result<Self, TapError> {
+        fail_point::pass(format_args!("attach to TAP {name}"));
         let mut request = ifreq(name, libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | extra);
         // SAFETY: TUNSETIFF reads and writes an ifreq.
         unsafe { self.ioctl("TUNSETIFF", libc::TUNSETIFF, &raw mut request) }.map_err(
@@ -194,6 +197,7 @@ impl TapQueue {
     /// # Errors
     /// [`TapError::Request`], EINVAL for bits that do not go together (TSO without CSUM, USO4 without USO6).
     pub fn set_offload(&self, bits: u32) -> Result<u32, TapError> {
+        fail_point::pass(format_args!("set a TAP's offloads to {bits:#x}"));
         let set = |bits| {
             // SAFETY: TUNSETOFFLOAD takes its argument by value and touches no memory.
             let result =
@@ -214,6 +218,7 @@ impl TapQueue {
     /// # Errors
     /// [`TapError::Request`].
     pub fn set_persist(&self, persist: bool) -> Result<(), TapError> {
+        fail_point::pass(format_args!("set a TAP's persistence to {persist}"));
         // SAFETY: TUNSETPERSIST takes its argument by value and touches no memory.
         let result =
             unsafe { libc::ioctl(self.0.as_raw_fd(), libc::TUNSETPERSIST, libc::c_ulong::from(persist)) };
@@ -225,6 +230,7 @@ impl TapQueue {
     /// # Errors
     /// [`TapError::Request`], EINVAL if the queue is that way already or the device has one queue only.
     pub fn set_enabled(&self, enabled: bool) -> Result<(), TapError> {
+        fail_point::pass(format_args!("switch a TAP's queue to {enabled}"));
         let mut request = ifreq("", if enabled { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE });
         // SAFETY: TUNSETQUEUE reads an ifreq.
         unsafe { self.ioctl("TUNSETQUEUE", libc::TUNSETQUEUE, &raw mut request) }

@@ -22,6 +22,7 @@ use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, acceptfrom_with, bind, connect, listen,
     socket_with,
 };
+use sys::fail_point;
 
 use crate::device::Peer;
 
@@ -128,15 +129,16 @@ impl Place {
         let (dir, name) = (&private.dir, Path::new("socket"));
         let socket = socket().map_err(|e| self.error("make a socket for", e))?;
         let address = address_at(dir, name).map_err(|e| self.error("bind", e))?;
-        bind(&socket, &address).map_err(|e| self.error("bind", e))?;
+        self.change("bind", || bind(&socket, &address))?;
         let mode = Mode::from_raw_mode(access.mode & 0o777);
-        fs::chmodat(dir, name, mode, AtFlags::empty()).map_err(|e| self.error("set the mode of", e))?;
+        self.change("set the mode of", || fs::chmodat(dir, name, mode, AtFlags::empty()))?;
         if access.owner.is_some() || access.group.is_some() {
             let (owner, group) = (access.owner.map(Uid::from_raw), access.group.map(Gid::from_raw));
-            fs::chownat(dir, name, owner, group, AtFlags::SYMLINK_NOFOLLOW)
-                .map_err(|e| self.error("set the owner of", e))?;
+            self.change("set the owner of", || {
+                fs::chownat(dir, name, owner, group, AtFlags::SYMLINK_NOFOLLOW)
+            })?;
         }
-        listen(&socket, backlog).map_err(|e| self.error("listen on", e))?;
+        self.change("listen on", || listen(&socket, backlog))?;
         let stat = fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)
             .map_err(|e| self.error("look at the new socket for", e))?;
         move_into(&self, dir, name)?;
@@ -149,15 +151,25 @@ impl Place {
         if self.look().ok().flatten().is_none_or(|(_, stat)| identity(&stat) != id) {
             return false;
         }
-        let removed = fs::unlinkat(&self.dir, &self.name, AtFlags::empty());
-        if let Err(error) = removed {
-            tracing::warn!(path = %self.path.display(), %error, "socket file cannot be removed");
+        let removed = self.change("remove", || fs::unlinkat(&self.dir, &self.name, AtFlags::empty()));
+        if let Err(error) = &removed {
+            tracing::warn!("{error}");
         }
         removed.is_ok()
     }
 
     fn error(&self, what: &'static str, cause: Errno) -> EndpointError {
         failed(&self.path, what, cause)
+    }
+
+    /// Changes something for this socket.
+    fn change<T>(
+        &self,
+        what: &'static str,
+        change: impl FnOnce() -> Result<T, Errno>,
+    ) -> Result<T, EndpointError> {
+        fail_point::pass(format_args!("{what} {}", self.path.display()));
+        change().map_err(|cause| self.error(what, cause))
     }
 
     /// What the name stands for now, held; symbolic links are not followed.
@@ -235,7 +247,10 @@ pub struct Published {
 
 /// Renames the new socket into place.
 fn move_into(place: &Place, from: &OwnedFd, name: &Path) -> Result<(), EndpointError> {
-    let rename = |flags| fs::renameat_with(from, name, &place.dir, &place.name, flags);
+    let rename = |flags| {
+        fail_point::pass(format_args!("publish {}", place.path.display()));
+        fs::renameat_with(from, name, &place.dir, &place.name, flags)
+    };
     match rename(RenameFlags::NOREPLACE) {
         Ok(()) => return Ok(()),
         Err(Errno::EXIST) => {}
@@ -268,9 +283,9 @@ struct PrivateDir<'a> {
 impl<'a> PrivateDir<'a> {
     fn make(place: &'a Place) -> Result<Self, EndpointError> {
         let name = format!(".vhost-user-{:016x}", random());
-        let failed = |e| place.error("make a private directory beside", e);
-        fs::mkdirat(&place.dir, &name, Mode::RWXU).map_err(failed)?;
-        let dir = open_private(&place.dir, &name).map_err(failed)?;
+        let what = "make a private directory beside";
+        place.change(what, || fs::mkdirat(&place.dir, &name, Mode::RWXU))?;
+        let dir = open_private(&place.dir, &name).map_err(|e| place.error(what, e))?;
         let dir = dir.ok_or_else(|| EndpointError::Raced(place.path.clone()))?;
         Ok(Self { place, name, dir })
     }
@@ -289,8 +304,11 @@ fn open_private(above: &OwnedFd, name: &str) -> Result<Option<OwnedFd>, Errno> {
 impl Drop for PrivateDir<'_> {
     fn drop(&mut self) {
         // What is left in it is a failed attempt, or the stale socket that was exchanged.
-        let _ = fs::unlinkat(&self.dir, "socket", AtFlags::empty());
-        let _ = fs::unlinkat(&self.place.dir, &self.name, AtFlags::REMOVEDIR);
+        let remove = |dir, name, flags| {
+            let _ = self.place.change("clear up beside", || fs::unlinkat(dir, name, flags));
+        };
+        remove(&self.dir, "socket", AtFlags::empty());
+        remove(&self.place.dir, &self.name, AtFlags::REMOVEDIR);
     }
 }
 

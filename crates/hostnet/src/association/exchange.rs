@@ -10,6 +10,7 @@ use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::sys::protocols::NETLINK_ROUTE;
 use rtnetlink::sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket};
+use sys::fail_point;
 use tokio::time::timeout;
 
 use super::message::link_message;
@@ -33,6 +34,7 @@ pub(super) async fn tell(
     attributes: Vec<LinkAttribute>,
     request: Request,
 ) -> Result<(), AssociationError> {
+    fail_point::pass(format_args!("{request} {} at {agent}", facing.name));
     let message = RouteNetlinkMessage::SetLink(link_message(facing.ifindex, attributes));
     match exchange(to, agent, facing, message, NLM_F_REQUEST | NLM_F_ACK).await? {
         NetlinkPayload::Error(error) if error.code.is_none() => Ok(()),

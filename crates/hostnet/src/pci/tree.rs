@@ -4,6 +4,8 @@ use std::fs;
 use std::io::{self, ErrorKind, Read};
 use std::path::{Component, Path, PathBuf};
 
+use sys::fail_point;
+
 use super::{PciAddress, PciError};
 
 /// Longest attribute that is read, bytes: what the kernel has for one.
@@ -119,6 +121,7 @@ impl Entry {
     /// Overwrites an attribute that is there.
     pub(super) fn write(&self, name: &str, text: &str) -> Result<(), PciError> {
         let path = self.path(name);
+        fail_point::pass(format_args!("write {:?} to {}", text, path.display()));
         let file = fs::OpenOptions::new().write(true).truncate(true).open(&path);
         let written = file.and_then(|mut file| io::Write::write_all(&mut file, text.as_bytes()));
         written.map_err(|source| PciError::Write { path, text: text.trim_end().into(), source })
