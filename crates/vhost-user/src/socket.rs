@@ -16,7 +16,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use nix::sys::socket::sockopt::PeerCredentials;
-use rustix::fs::{self, AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, ResolveFlags, Stat, Uid};
+use rustix::fs::{
+    self, AtFlags, FileType, FlockOperation, Gid, Mode, OFlags, RenameFlags, ResolveFlags, Stat, Uid,
+};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, acceptfrom_with, bind, connect, listen,
@@ -126,7 +128,7 @@ impl Place {
         // Looked at first for the better error; looked at again when the name is taken over.
         self.check()?;
         let private = PrivateDir::make(&self)?;
-        let (dir, name) = (&private.dir, Path::new("socket"));
+        let (dir, name) = (&private.dir, Path::new(PRIVATE_SOCKET));
         let socket = socket().map_err(|e| self.error("make a socket for", e))?;
         let address = address_at(dir, name).map_err(|e| self.error("bind", e))?;
         self.change("bind", || bind(&socket, &address))?;
@@ -211,12 +213,14 @@ impl Place {
     }
 }
 
-/// Removes the file of a listening socket that a process of ours left when it was killed. False if there is none.
+/// Removes the file of a listening socket that a process of ours left when it was killed, and what it left of one that it was
+/// about to publish. False if there is no such file.
 ///
 /// # Errors
 /// What is there is somebody else's, or no socket, or in use.
 pub fn remove_stale(path: &Path, beneath: Option<&Path>) -> Result<bool, EndpointError> {
     let place = Place::open(path, beneath)?;
+    PrivateDir::remove_left(&place)?;
     let Some(stale) = place.check()? else { return Ok(false) };
     Ok(place.remove(identity(&stale)))
 }
@@ -273,28 +277,69 @@ impl Drop for Published {
     }
 }
 
-/// A directory that only we can enter, beside the socket's final place.
+/// A directory that only we can enter, beside the socket's final place and named after it: what a process has left there that
+/// was killed is found by whoever comes next. Locked while somebody is at work in it.
 struct PrivateDir<'a> {
     place: &'a Place,
     name: String,
     dir: OwnedFd,
 }
 
+/// The name of a socket in it.
+const PRIVATE_SOCKET: &str = "socket";
+
 impl<'a> PrivateDir<'a> {
     fn make(place: &'a Place) -> Result<Self, EndpointError> {
-        let name = format!(".vhost-user-{:016x}", random());
+        let name = Self::name(place);
         let what = "make a private directory beside";
-        place.change(what, || fs::mkdirat(&place.dir, &name, Mode::RWXU))?;
+        place.change(what, || match fs::mkdirat(&place.dir, &name, Mode::RWXU) {
+            Err(Errno::EXIST) => Ok(()),
+            made => made,
+        })?;
         let dir = open_private(&place.dir, &name).map_err(|e| place.error(what, e))?;
-        let dir = dir.ok_or_else(|| EndpointError::Raced(place.path.clone()))?;
-        Ok(Self { place, name, dir })
+        let found = "directory of somebody else's";
+        let foreign = || EndpointError::Foreign { path: place.path.with_file_name(&name), found };
+        let dir = dir.ok_or_else(foreign)?;
+        match fs::flock(&dir, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => return Err(EndpointError::InUse(place.path.clone())),
+            locked => locked.map_err(|e| place.error(what, e))?,
+        }
+        // Whoever had it locked may have removed it meanwhile.
+        let now = fs::statat(&place.dir, &name, AtFlags::SYMLINK_NOFOLLOW).ok();
+        let ours = fs::fstat(&dir).map_err(|e| place.error(what, e))?;
+        if now.is_none_or(|now| identity(&now) != identity(&ours)) {
+            return Err(EndpointError::Raced(place.path.clone()));
+        }
+        let private = Self { place, name, dir };
+        private.clear();
+        Ok(private)
+    }
+
+    /// Removes one that was left.
+    fn remove_left(place: &'a Place) -> Result<(), EndpointError> {
+        match fs::statat(&place.dir, Self::name(place), AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(_) => Self::make(place).map(drop),
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn name(place: &Place) -> String {
+        format!(".{}.new", place.name.display())
+    }
+
+    /// Removes what is in it: a failed attempt, the stale socket that was exchanged.
+    fn clear(&self) {
+        if fs::statat(&self.dir, PRIVATE_SOCKET, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
+            let remove = || fs::unlinkat(&self.dir, PRIVATE_SOCKET, AtFlags::empty());
+            let _ = self.place.change("clear up beside", remove);
+        }
     }
 }
 
-/// Opens a directory that we have just made; `None` if others can enter it: whoever owns the directory above can put
-/// one of theirs in its place.
+/// Opens a directory that we have made; `None` if it is not ours alone: whoever owns the directory above can put one of theirs
+/// in its place.
 fn open_private(above: &OwnedFd, name: &str) -> Result<Option<OwnedFd>, Errno> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let dir = fs::openat(above, name, flags, Mode::empty())?;
     let stat = fs::fstat(&dir)?;
     let private = stat.st_uid == rustix::process::geteuid().as_raw() && stat.st_mode & 0o077 == 0;
@@ -303,12 +348,9 @@ fn open_private(above: &OwnedFd, name: &str) -> Result<Option<OwnedFd>, Errno> {
 
 impl Drop for PrivateDir<'_> {
     fn drop(&mut self) {
-        // What is left in it is a failed attempt, or the stale socket that was exchanged.
-        let remove = |dir, name, flags| {
-            let _ = self.place.change("clear up beside", || fs::unlinkat(dir, name, flags));
-        };
-        remove(&self.dir, "socket", AtFlags::empty());
-        remove(&self.place.dir, &self.name, AtFlags::REMOVEDIR);
+        self.clear();
+        let remove = || fs::unlinkat(&self.place.dir, &self.name, AtFlags::REMOVEDIR);
+        let _ = self.place.change("remove the private directory beside", remove);
     }
 }
 

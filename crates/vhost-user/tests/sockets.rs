@@ -4,15 +4,16 @@
 
 mod support;
 
+use std::fs::DirBuilder;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{CWD, FileType, Mode, RenameFlags, mknodat, renameat_with};
+use rustix::fs::{CWD, FileType, FlockOperation, Mode, RenameFlags, flock, mknodat, renameat_with};
 use rustix::net::sockopt;
 use support::*;
 use vhost_user::socket::{Place, remove_stale};
@@ -86,6 +87,37 @@ fn stale_socket_is_removed_and_nothing_else() {
     std::fs::write(&path, "precious").unwrap();
     assert!(matches!(remove_stale(&path, None), Err(EndpointError::Foreign { .. })));
     assert_eq!(entries(dir.path()), ["port"]);
+}
+
+#[test]
+fn what_a_killed_process_left_of_a_socket_that_it_made_is_cleared_away() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let (path, private) = (dir.path().join("port"), dir.path().join(".port.new"));
+    let leave = |mode| {
+        DirBuilder::new().mode(mode).create(&private).unwrap();
+        drop(UnixListener::bind(private.join("socket")).unwrap());
+    };
+    leave(0o700);
+    assert!(!remove_stale(&path, None).unwrap());
+    assert!(entries(dir.path()).is_empty());
+    leave(0o700);
+    let sessions = sessions();
+    let id = listen(&sessions, &path).unwrap();
+    assert_eq!(entries(dir.path()), ["port"]);
+    sessions.remove(id);
+    // Somebody is at work in it, or it is somebody else's.
+    leave(0o700);
+    let handle = std::fs::File::open(&private).unwrap();
+    flock(&handle, FlockOperation::LockExclusive).unwrap();
+    assert!(matches!(listen(&sessions, &path), Err(EndpointError::InUse(_))));
+    assert!(matches!(remove_stale(&path, None), Err(EndpointError::InUse(_))));
+    drop(handle);
+    std::fs::set_permissions(&private, PermissionsExt::from_mode(0o755)).unwrap();
+    let error = listen(&sessions, &path).unwrap_err();
+    assert!(matches!(&error, EndpointError::Foreign { path, .. } if *path == private), "{error}");
+    assert!(remove_stale(&path, None).is_err());
+    assert_eq!(entries(&private), ["socket"]);
 }
 
 #[test]
