@@ -102,7 +102,8 @@ impl HostNet {
     /// # Errors
     /// What the kernel refuses.
     pub async fn remove_macvtap(&self, name: &str, owner: &str) -> Result<bool, Error> {
-        match self.link(name).await? {
+        let _alone = self.making.lock().await;
+        match self.finished(name).await? {
             Some(LinkState { ifindex, kind: Kind::Macvtap(_), alias: Some(alias), .. })
                 if alias == tap_mark(owner) =>
             {
@@ -119,21 +120,23 @@ impl HostNet {
     async fn create_macvtap(&self, spec: &MacvtapSpec, device: &LinkState) -> Result<LinkState, Error> {
         let name = &spec.name;
         let message = LinkMacVtap::new(name, device.ifindex, spec.mode.into()).build();
-        self.add("make macvtap", name, message).await.map_err(|error| match error {
+        let made = self.begin("make macvtap", name, message).await.map_err(|error| match error {
             // In passthrough mode there may be no other, of either kind, and a port of a bridge can have none.
             Error::Kernel { source, .. } if matches!(source.raw_os_error(), Some(EBUSY | EINVAL)) => {
                 Error::DeviceTaken { name: name.clone(), device: device.name.clone(), mode: spec.mode }
             }
             error => error,
         })?;
+        if !made {
+            return Err(Error::Changed { name: name.clone() });
+        }
         let link = self.link(name).await?.ok_or_else(|| Error::Changed { name: name.clone() })?;
         // In passthrough mode it is made with the device's address, whatever is asked for.
-        let edit = |message: Message| {
-            let message = message.alias(tap_mark(&spec.owner));
-            if let Some(own) = spec.address { message.address(own.to_vec()) } else { message }
+        let edit = |message: Message| match spec.address {
+            Some(own) => message.address(own.to_vec()),
+            None => message,
         };
-        let marked = self.change("mark and set the address of", &link, edit).await;
-        if let Err(error) = marked {
+        if let Err(error) = self.mark(&link, &tap_mark(&spec.owner), edit).await {
             self.delete(name, link.ifindex).await?;
             return Err(held(error, spec));
         }
@@ -175,7 +178,8 @@ impl HostNet {
             let (name, device, most) = (spec.name.clone(), device.name, device.mtu);
             return Err(Error::DeviceMtu { name, mtu, device, most });
         }
-        let (link, created) = match self.link(&spec.name).await? {
+        let _alone = self.making.lock().await;
+        let (link, created) = match self.finished(&spec.name).await? {
             Some(link) => (self.found_macvtap(spec, link, &device).await?, false),
             None => (self.create_macvtap(spec, &device).await?, true),
         };

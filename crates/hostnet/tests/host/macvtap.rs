@@ -77,6 +77,27 @@ fn made_with_everything_and_removed() {
     });
 }
 
+/// One that a killed process had just made has its group, and no mark yet.
+#[test]
+fn one_that_was_just_made_is_made_again_or_removed() {
+    run("macvtap::one_that_was_just_made_is_made_again_or_removed", async |net| {
+        device(&net, 120).await;
+        let group = u32::from_be_bytes(*b"vhst");
+        let make = || {
+            sh(&format!("ip link add link d0 name m0 group {group} type macvtap mode passthru"));
+        };
+        make();
+        let made = net.ensure_macvtap(&spec("m0", MacvtapMode::Passthrough)).await.unwrap();
+        let now = state(&net, "m0").await;
+        assert_eq!((made.created, now.group, now.alias), (true, 0, Some(tap_mark("web-1"))));
+        drop(made);
+        assert!(net.remove_macvtap("m0", "web-1").await.unwrap());
+        make();
+        assert!(!net.remove_macvtap("m0", "web-1").await.unwrap());
+        assert_eq!(net.link("m0").await.unwrap(), None);
+    });
+}
+
 #[test]
 fn an_idle_one_takes_no_frame_from_who_has_it_open() {
     run("macvtap::an_idle_one_takes_no_frame_from_who_has_it_open", async |net| {
