@@ -120,7 +120,7 @@ impl HostNet {
     /// Moves global addresses and the routes through the device; gives how many addresses.
     async fn move_addresses(&self, from: &LinkState, to: &LinkState) -> Result<usize, Error> {
         let addresses = self.addresses_of(from).await?;
-        let routes = self.routes_through(from).await?;
+        let routes = self.routes_through(from, to).await?;
         for address in &addresses {
             let request = RouteNetlinkMessage::NewAddress(readdressed(address, from, to));
             self.append("give an address to", &to.name, request).await?;
@@ -147,8 +147,8 @@ impl HostNet {
     }
 
     /// The routes through a link that somebody set, those first that others need for their gateways. Routes of several
-    /// paths, and those by a next hop object, are not of one link, and stay.
-    async fn routes_through(&self, link: &LinkState) -> Result<Vec<RouteMessage>, Error> {
+    /// paths, and those by a next hop object, are not of one link, and stay; but for one that was on its way `to` another.
+    async fn routes_through(&self, link: &LinkState, to: &LinkState) -> Result<Vec<RouteMessage>, Error> {
         let mut routes = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut request = RouteMessage::default();
@@ -156,7 +156,8 @@ impl HostNet {
             let request = self.handle().route().get(request);
             let all: Vec<RouteMessage> =
                 self.dump("list the routes of", &link.name, || request.execute()).await?;
-            routes.extend(all.into_iter().filter(|route| is_through(route, link.ifindex)));
+            let single = all.into_iter().map(|route| half_moved(&route, link, to).unwrap_or(route));
+            routes.extend(single.filter(|route| is_through(route, link.ifindex)));
         }
         routes.sort_by_key(|route| {
             route.attributes.iter().any(|a| matches!(a, RouteAttribute::Gateway(_) | RouteAttribute::Via(_)))
@@ -194,6 +195,26 @@ impl HostNet {
 /// The uplink that a bridge's mark names.
 fn named(link: &LinkState) -> Option<&str> {
     link.alias.as_deref()?.strip_prefix(BRIDGE_MARK).and_then(in_mark)
+}
+
+/// The path through `from` of a route of two, the other of which is the same through `to`. As which the kernel has an IPv6 route
+/// that was added there and not yet taken away here: it joins those of one destination that have gateways. Either path can be
+/// taken away by itself.
+fn half_moved(route: &RouteMessage, from: &LinkState, to: &LinkState) -> Option<RouteMessage> {
+    let hops = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::MultiPath(hops) => Some(hops.as_slice()),
+        _ => None,
+    })?;
+    let through = |link: &LinkState| hops.iter().find(|hop| hop.interface_index == link.ifindex);
+    let (here, there) = (through(from)?, through(to)?);
+    if hops.len() != 2 || here.attributes != there.attributes {
+        return None;
+    }
+    let mut path = route.clone();
+    path.attributes.retain(|attribute| !matches!(attribute, RouteAttribute::MultiPath(_)));
+    path.attributes.push(RouteAttribute::Oif(from.ifindex));
+    path.attributes.extend(here.attributes.iter().cloned());
+    Some(path)
 }
 
 fn is_through(route: &RouteMessage, ifindex: u32) -> bool {

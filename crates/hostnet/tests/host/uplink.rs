@@ -84,7 +84,7 @@ fn a_move_that_was_cut_short_is_finished_in_either_direction() {
     run("uplink::a_move_that_was_cut_short_is_finished_in_either_direction", async |net| {
         host();
         let before = ways("eth1");
-        let cut: [&[&str]; 4] = [
+        let cut: [&[&str]; 5] = [
             &[],
             &["ip link set eth1 master br0"],
             &[
@@ -98,6 +98,13 @@ fn a_move_that_was_cut_short_is_finished_in_either_direction() {
                 "ip addr add 192.0.2.5/24 brd + dev br0",
                 "ip route append default via 192.0.2.1 metric 50 dev br0",
                 "ip route del default via 192.0.2.1 metric 50 dev eth1",
+            ],
+            // Of these the kernel makes one route of two paths.
+            &[
+                "ip link set eth1 master br0",
+                "sysctl -qw net.ipv6.conf.br0.disable_ipv6=0",
+                "ip addr add 2001:db8::5/64 dev br0 nodad",
+                "ip -6 route append default via 2001:db8::1 dev br0",
             ],
         ];
         for states in cut {
