@@ -6,10 +6,13 @@
 //!
 //! redb locks the file, so a second daemon on the same directory is refused at open.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition, TableError};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use sys::fail_point;
 use tokio::sync::oneshot;
@@ -19,6 +22,8 @@ use crate::spec::PlugSpec;
 
 /// File in the state directory.
 const FILE: &str = "plugs.redb";
+/// Its name while it is being made.
+const NEW_FILE: &str = "plugs.redb.new";
 /// Plug id to JSON record.
 const PLUGS: TableDefinition<&str, &[u8]> = TableDefinition::new("plugs");
 /// Layout of a record that this release writes and reads.
@@ -120,7 +125,8 @@ impl Store {
             |cause: std::io::Error| StoreError::Directory { path: dir.into(), cause: cause.to_string() };
         make_private_dir(dir).map_err(unusable)?;
         let path = dir.join(FILE);
-        let database = open_database(&path).map_err(|cause| match cause {
+        let opened = make_file(dir).and_then(|()| open_database(&path));
+        let database = opened.map_err(|cause| match cause {
             DatabaseError::DatabaseAlreadyOpen => StoreError::InUse(dir.into()),
             DatabaseError::Storage(redb::StorageError::Io(cause))
                 if cause.kind() == std::io::ErrorKind::PermissionDenied =>
@@ -160,6 +166,29 @@ impl Store {
 fn make_private_dir(dir: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
+}
+
+/// Makes the file, if it is not there. Under another name: redb does not know one again whose making was cut short.
+fn make_file(dir: &Path) -> Result<(), DatabaseError> {
+    let storage = |cause: std::io::Error| DatabaseError::from(redb::StorageError::Io(cause));
+    let handle = File::open(dir).map_err(storage)?;
+    // Two that start at one time do not make two.
+    match flock(&handle, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => return Err(DatabaseError::DatabaseAlreadyOpen),
+        locked => locked.map_err(|cause| storage(cause.into()))?,
+    }
+    let (path, new) = (dir.join(FILE), dir.join(NEW_FILE));
+    if path.try_exists().map_err(storage)? {
+        return Ok(());
+    }
+    fail_point::pass(format_args!("make {}", new.display()));
+    match std::fs::remove_file(&new) {
+        Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => return Err(storage(cause)),
+        _ => {}
+    }
+    drop(open_database(&new)?);
+    fail_point::pass(format_args!("make {}", path.display()));
+    std::fs::rename(&new, &path).and_then(|()| handle.sync_all()).map_err(storage)
 }
 
 fn open_database(path: &Path) -> Result<Database, DatabaseError> {
@@ -287,6 +316,21 @@ mod tests {
         drop(store);
         let (_store, records) = reopen(dir.path());
         assert_eq!(records, [(name("b"), record("/run/b.sock"))]);
+    }
+
+    #[tokio::test]
+    async fn a_store_whose_making_was_cut_short_is_made_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, _) = Store::open(dir.path()).unwrap();
+        store.put(&name("a"), record("/run/a.sock")).await.unwrap();
+        drop(store);
+        assert_eq!(reopen(dir.path()).1.len(), 1, "it is made once");
+        // As long as it will be, and nothing in it yet.
+        let bytes = std::fs::read(dir.path().join(FILE)).unwrap();
+        std::fs::remove_file(dir.path().join(FILE)).unwrap();
+        std::fs::write(dir.path().join(NEW_FILE), vec![0; bytes.len()]).unwrap();
+        assert_eq!(Store::open(dir.path()).unwrap().1, []);
+        assert!(!dir.path().join(NEW_FILE).exists());
     }
 
     #[tokio::test]
