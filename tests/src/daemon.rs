@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use sys::fail_point::DIE_AT;
 use tempfile::TempDir;
 
 use crate::deadline::wait_for_some;
@@ -45,7 +46,7 @@ impl Daemon {
         let dir = tempfile::Builder::new().prefix("vhostd").tempdir()?;
         fs::write(dir.path().join(CONFIGURATION), configuration)?;
         let vhostd = vhostd_path()?;
-        let process = serve(&vhostd, &host, dir.path())?;
+        let process = serve(&vhostd, &host, dir.path(), None)?;
         let mut daemon = Self { process, vhostd, host, dir };
         daemon.wait_until_up()?;
         Ok(daemon)
@@ -67,9 +68,23 @@ impl Daemon {
         let start = Instant::now();
         self.process.kill()?;
         meanwhile()?;
-        self.process = serve(&self.vhostd, &self.host, self.dir.path())?;
+        self.process = serve(&self.vhostd, &self.host, self.dir.path(), None)?;
         self.wait_until_up()?;
         Ok(start.elapsed())
+    }
+
+    /// Kills it and starts it again to die before the `n`th change that it makes (`sys::fail_point`). False if it dies before it
+    /// has tried to bring its plugs back.
+    pub fn restart_to_die(&mut self, n: u32) -> Result<bool> {
+        self.process.kill()?;
+        self.process = serve(&self.vhostd, &self.host, self.dir.path(), Some(n))?;
+        wait_for_some("vhostd to be ready or to die", READY_TIMEOUT, || match self.ended()? {
+            Some(_) => Ok(Some(false)),
+            None => {
+                let answer = self.http("GET", "/readyz", "").unwrap_or_default();
+                Ok(answer.starts_with("HTTP/1.1 200").then_some(true))
+            }
+        })
     }
 
     /// The namespace it runs in.
@@ -113,6 +128,13 @@ impl Daemon {
         Ok(String::from_utf8_lossy(&answer).into_owned())
     }
 
+    /// Its plugs, as the API shows them.
+    pub fn plugs(&self) -> Result<Vec<Value>> {
+        let answer = self.http("GET", "/v1/plugs", "")?;
+        let (_, body) = answer.split_once("\r\n\r\n").context("an answer")?;
+        Ok(serde_json::from_str(body)?)
+    }
+
     /// Its events from now on.
     pub fn events(&self) -> Result<EventStream> {
         let mut stream = UnixStream::connect(self.dir.path().join("api.sock"))?;
@@ -123,6 +145,14 @@ impl Daemon {
         let status = lines.next().context("an answer")??;
         ensure!(status.contains(" 200 "), "{status}");
         Ok(EventStream { lines, seen: Vec::new() })
+    }
+
+    /// What there is in the directory of plugs' sockets, sorted.
+    pub fn files(&self) -> Result<Vec<String>> {
+        let names = fs::read_dir(self.dir.path())?.map(|entry| Ok(entry?.file_name().display().to_string()));
+        let mut names: Vec<_> = names.collect::<Result<_>>()?;
+        names.sort_unstable();
+        Ok(names)
     }
 
     /// A path for the socket of a plug.
@@ -185,7 +215,7 @@ impl Daemon {
     fn wait_until_up(&mut self) -> Result<()> {
         wait_for_some("vhostd to answer", READY_TIMEOUT, || {
             self.process.check_running()?;
-            Ok(self.run(&["ls"]).ok().map(drop))
+            Ok(self.plugs().ok().map(drop))
         })
     }
 }
@@ -228,8 +258,9 @@ pub fn vhostd_path() -> Result<PathBuf> {
     found.with_context(|| format!("no vhostd near {}: cargo build --workspace --bins", own.display()))
 }
 
-fn serve(vhostd: &Path, host: &Netns, dir: &Path) -> Result<Process> {
+fn serve(vhostd: &Path, host: &Netns, dir: &Path, die_at: Option<u32>) -> Result<Process> {
     let mut command = command(vhostd, host, dir);
+    command.envs(die_at.map(|n| (DIE_AT, n.to_string())));
     command
         .arg("serve")
         .arg("--config")

@@ -11,6 +11,12 @@ use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+/// Links, one JSON text in a line, then the host's addresses and routes, and what its IP stack does on each link.
+const LOOK: &str = "ip -json -details link; ip -oneline addr show scope global | cut -d' ' -f2-; ip route; \
+                    ip -6 route | grep -v fe80 || true; cd /proc/sys/net; \
+                    grep . ipv6/conf/*/disable_ipv6 ipv4/conf/*/arp_ignore ipv4/conf/*/arp_announce || true";
 
 /// Set in a test's process of its own.
 const INSIDE: &str = "E2E_INSIDE";
@@ -97,6 +103,43 @@ impl Netns {
         }
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
+
+    /// All that a plug can change of a host, in sorted lines: each link with its kind and options, what it is a port of, its
+    /// MTU, marks and being up; addresses and routes; what the IP stack does on each link. No numbers and no addresses of links,
+    /// which differ when one is made anew.
+    pub fn state(&self) -> Result<String> {
+        let look = self.run(LOOK)?;
+        let (links, rest) = look.split_once('\n').context("a line of links")?;
+        let links: Value = serde_json::from_str(links)?;
+        let mut lines: Vec<String> = links.as_array().context("an array")?.iter().map(link).collect();
+        // A route is marked when its link's carrier goes, and goes on being one.
+        lines.extend(rest.lines().map(|line| line.replace(" linkdown", "")));
+        // Open vSwitch keeps ovs-netdev for itself, from its first bridge in user space on.
+        lines.retain(|line| !line.contains("ovs-netdev"));
+        lines.sort_unstable();
+        Ok(lines.join("\n"))
+    }
+}
+
+/// A link in one line.
+fn link(link: &Value) -> String {
+    let [name, master, mtu, alias, group] =
+        ["ifname", "master", "mtu", "ifalias", "group"].map(|key| &link[key]);
+    let (kind, data) = (&link["linkinfo"]["info_kind"], &link["linkinfo"]["info_data"]);
+    let options = [
+        "stp_state",
+        "forward_delay",
+        "ageing_time",
+        "mcast_snooping",
+        "mode",
+        "id",
+        "persist",
+        "multi_queue",
+    ];
+    let options = options.map(|key| data[key].to_string()).join(" ");
+    let flags = link["flags"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let [up, promiscuous] = ["UP", "PROMISC"].map(|flag| flags.iter().any(|set| set == flag));
+    format!("{name} {master} {mtu} {kind} {alias} {group} {options} up {up} promiscuous {promiscuous}")
 }
 
 impl Drop for Netns {

@@ -109,28 +109,22 @@ impl Ovs {
 
     /// All rows with what decides how frames go, sorted.
     pub fn rows(&self) -> Result<String> {
-        let mut lines = Vec::new();
-        for (table, columns) in [
+        let tables = [
             ("Bridge", "name,datapath_type,external_ids"),
             ("Port", "name,tag,vlan_mode,trunks"),
             ("Interface", "name,type,options,mtu_request,external_ids"),
             ("QoS", "type"),
-        ] {
-            let rows = self.vsctl(&format!("--no-wait --format=csv --columns={columns} list {table}"))?;
-            lines.extend(rows.lines().map(|row| format!("{table} {row}")));
-        }
-        lines.sort_unstable();
-        Ok(lines.join("\n"))
+        ];
+        let list = tables.map(|(table, columns)| format!("--columns={columns} list {table}")).join(" -- ");
+        Ok(sorted(&self.vsctl(&format!("--no-wait --format=csv -- {list}"))?))
     }
 
-    /// All links, all rows with what decides how frames go, and all sockets that are shared with the switch.
+    /// The host's state, all rows with what decides how frames go, and all sockets that are shared with the switch.
     pub fn state(&self) -> Result<String> {
-        // The switch keeps ovs-netdev for itself, from its first bridge in user space on.
-        let links = self.host().run("ip -oneline link | cut -d: -f2 | cut -d@ -f1 | grep -v ovs-netdev")?;
         let shared = fs::read_dir(self.shared()).into_iter().flatten();
         let sockets = shared.map(|entry| Ok(entry?.file_name().display().to_string()));
         let sockets = sockets.collect::<Result<Vec<_>>>()?.join("\n");
-        Ok(format!("{}\n{}\n{}", sorted(&links), self.rows()?, sorted(&sockets)))
+        Ok(format!("{}\n{}\n{}", self.host().state()?, self.rows()?, sorted(&sockets)))
     }
 
     /// A program in the namespace that finds this Open vSwitch: `ovs-ofctl`, `ovs-appctl`, `ovn-controller` …

@@ -18,24 +18,32 @@ use anyhow::{Context, Result, ensure};
 use e2e::daemon::Daemon;
 use e2e::deadline::wait_for_some;
 use e2e::exchange::{self, GUESTS, PLAIN};
+use e2e::kill::killed_at_every_step;
 use e2e::netns::Netns;
 use e2e::peer::{Peer, PeerConfig};
 use e2e::process::Process;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recvfrom, sendto, socket,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(30);
 const PLUGS: [(&str, &str); 2] = [("vm1", "eth1"), ("vm2", "eth2")];
 
-/// Two plugs, each on its end of the cable. Macvtaps' devices are named by interface numbers in one directory for all
-/// namespaces of the machine, so that tests that run side by side need numbers of their own: those behind `others`.
+/// A cable. Macvtaps' devices are named by interface numbers in one directory for all namespaces of the machine, so that tests
+/// that run side by side need numbers of their own: those behind `others`.
+fn cable(host: &Netns, others: u32) -> Result<()> {
+    host.run(&format!(
+        "for n in $(seq {others}); do echo link add f$n type bridge; done | ip -batch -
+         ip link add eth1 type veth peer name eth2; ip link set eth1 up; ip link set eth2 up"
+    ))?;
+    Ok(())
+}
+
+/// Two plugs, each on its end of the cable.
 fn start(others: u32) -> Result<Daemon> {
     let daemon = Daemon::start()?;
-    daemon.host().run(&format!(
-        "for n in $(seq {others}); do ip link add f$n type bridge; done; ip link add eth1 type veth peer name eth2"
-    ))?;
+    cable(daemon.host(), others)?;
     for ((name, device), address) in PLUGS.into_iter().zip(GUESTS) {
         let (socket, to) = (daemon.socket(name).display().to_string(), format!("macvtap:{device}"));
         let mac = address.map(|byte| format!("{byte:02x}")).join(":");
@@ -113,6 +121,19 @@ fn a_device_with_a_smaller_mtu_is_named_until_it_has_the_plugs() -> Result<()> {
     exchange(&daemon)
 }
 
+#[test]
+fn a_daemon_killed_at_every_step_leaves_a_macvtap_whole_or_not_at_all() -> Result<()> {
+    let mut daemon = Daemon::start()?;
+    let host = daemon.netns();
+    cable(&host, 200)?;
+    let socket = json!({"role": "listen", "path": daemon.socket("vm1")});
+    let to = json!({"kind": "macvtap", "device": "eth1", "mode": "passthrough"});
+    let spec = json!({"socket": socket, "to": to, "mac": "52:54:00:00:00:01"});
+    killed_at_every_step(&mut daemon, &spec, || {
+        Ok(format!("{}\n{}", host.state()?, host.run("cat /sys/class/net/eth1/address")?))
+    })
+}
+
 /// Set in the process that plays lldpad: a directory for its pid file, and for what it is asked.
 const LLDPAD: &str = "E2E_LLDPAD";
 /// A number that no process has.
@@ -187,25 +208,39 @@ fn start_lldpad(netns: &Netns, dir: &Path) -> Result<Process> {
     Ok(process)
 }
 
+/// A macvtap whose guest the switch outside is told of.
+fn announced(protocol: &str) -> Value {
+    let mut profile = json!({"protocol": protocol, "instance_id": UUID});
+    let more = match protocol {
+        "802.1Qbg" => json!({"manager_id": 1, "type_id": 2, "type_id_version": 3}),
+        _ => json!({"profile_id": "web"}),
+    };
+    profile.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    json!({"to": {"kind": "macvtap", "device": "eth1", "mode": "vepa", "guest": true, "profile": profile}})
+}
+
+#[test]
+fn a_daemon_killed_at_every_step_leaves_no_guest_that_the_switch_outside_knows_of() -> Result<()> {
+    let (netns, dir) = (Arc::new(Netns::new()?), tempfile::tempdir()?);
+    let configuration = format!("[devices]\nlldpad = {:?}\n", dir.path().join("lldpad.pid"));
+    let mut daemon = Daemon::start_on(netns.clone(), &configuration)?;
+    cable(&netns, 400)?;
+    let _lldpad = start_lldpad(&netns, dir.path())?;
+    killed_at_every_step(&mut daemon, &announced("802.1Qbg"), || {
+        let is_known = fs::read(dir.path().join("requests"))?.last() == Some(&ASSOCIATE);
+        Ok(format!("{}\n{is_known}", netns.state()?))
+    })
+}
+
 #[test]
 fn a_switch_outside_is_told_of_the_guest_and_forgets_it() -> Result<()> {
     let (netns, dir) = (Arc::new(Netns::new()?), tempfile::tempdir()?);
     let configuration = format!("[devices]\nlldpad = {:?}\n", dir.path().join("lldpad.pid"));
     let mut daemon = Daemon::start_on(netns.clone(), &configuration)?;
-    netns.run(
-        "for n in $(seq 60); do ip link add f$n type bridge; done; ip link add eth1 type veth peer name eth2",
-    )?;
+    cable(&netns, 60)?;
     let plug = |daemon: &Daemon, protocol: &str| {
-        let mut profile = json!({"protocol": protocol, "instance_id": UUID});
-        let more = match protocol {
-            "802.1Qbg" => json!({"manager_id": 1, "type_id": 2, "type_id_version": 3}),
-            _ => json!({"profile_id": "web"}),
-        };
-        profile.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-        let to =
-            json!({"kind": "macvtap", "device": "eth1", "mode": "vepa", "guest": true, "profile": profile});
         let path = daemon.socket("document.json");
-        fs::write(&path, json!({"id": "vm1", "spec": {"to": to}}).to_string())?;
+        fs::write(&path, json!({"id": "vm1", "spec": announced(protocol)}).to_string())?;
         daemon.command(&["plug", "-f", path.to_str().context("a path")?])
     };
     let macvtaps = || netns.run("ip -oneline link show type macvtap");

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use e2e::deadline::wait_for_some;
 use e2e::exchange::exchange;
-use e2e::kill::killed_in_the_middle;
+use e2e::kill::killed_at_every_step;
 use e2e::osvif::envelope;
 use e2e::ovs::{Host, datapath_type, said};
 use e2e::peer::{Peer, PeerConfig};
@@ -317,12 +317,12 @@ fn an_isolated_port_starts_in_the_dead_vlan_and_stays_where_somebody_puts_it() -
 
 /// Whatever step the daemon is at when it is killed, what it wrote down before decides: it goes on, or there is nothing.
 #[test]
-fn a_daemon_killed_in_the_middle_of_a_plug_or_unplug_leaves_neither_gaps_nor_leftovers() -> Result<()> {
+fn a_daemon_killed_at_every_step_of_a_plug_or_unplug_leaves_neither_gaps_nor_leftovers() -> Result<()> {
     let mut host = Host::start()?;
     let spec = json!({"socket": {"role": "listen", "path": host.socket("vm1")},
                       "to": {"kind": "ovs", "bridge": "br0", "iface_id": "lsp1"}});
     let Host { daemon, ovs } = &mut host;
-    killed_in_the_middle(daemon, &spec, || ovs.state())
+    killed_at_every_step(daemon, &spec, || ovs.state())
 }
 
 #[test]

@@ -8,7 +8,7 @@
 
 use anyhow::{Result, ensure};
 use e2e::exchange::{GUESTS, exchange, exchange_as};
-use e2e::kill::killed_in_the_middle;
+use e2e::kill::killed_at_every_step;
 use e2e::osvif::in_open_vswitch;
 use e2e::ovs::{Dpdk, Host, of_os_vif};
 use serde_json::json;
@@ -89,7 +89,7 @@ fn a_plug_is_a_guest_of_the_switch_through_every_restart_and_leaves_nothing() ->
     let socket = json!({"role": "listen", "path": host.socket("vm1")});
     let to = json!({"kind": "ovs", "bridge": "br0", "iface_id": "lsp1", "attach": "vhost_user"});
     let Host { daemon, ovs } = &mut host;
-    killed_in_the_middle(daemon, &json!({"socket": socket, "to": to}), || ovs.state())
+    killed_at_every_step(daemon, &json!({"socket": socket, "to": to}), || ovs.state())
 }
 
 /// But for the one in table QoS, which is of no use to such a port: os-vif makes it where the profile does not say what

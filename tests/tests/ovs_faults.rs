@@ -87,7 +87,10 @@ fn dies_in_the_middle(victim: Victim) -> Result<()> {
 /// But for the bridges' own links: a switch that is killed leaves them, and does not look for those of bridges that have gone.
 fn state(ovs: &Ovs) -> Result<String> {
     let state = ovs.state()?;
-    let kept = |line: &&str| !matches!(line.trim(), "br0" | "pb68f65f194ec5");
+    let is_of = |line: &str, name: &str| {
+        line.starts_with(&format!("\"{name}\" ")) || line.contains(&format!("/{name}/"))
+    };
+    let kept = |line: &&str| !["br0", "pb68f65f194ec5"].into_iter().any(|name| is_of(line, name));
     Ok(state.lines().filter(kept).collect::<Vec<_>>().join("\n"))
 }
 

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
 
 use anyhow::{Result, ensure};
-use e2e::kill::killed_in_the_middle;
+use e2e::kill::killed_at_every_step;
 use e2e::osvif::{ADDRESS, VIF, in_open_vswitch};
 use e2e::ovs::{Dpdk, Host, datapath_type, of_os_vif};
 use serde_json::{Value, json};
@@ -148,11 +148,19 @@ fn a_row_of_table_qos_goes_with_its_port_and_takes_the_place_of_older_ones_with_
 }
 
 #[test]
-fn a_daemon_killed_in_the_middle_leaves_a_port_in_its_own_bridge_whole_or_not_at_all() -> Result<()> {
-    let Host { mut daemon, ovs } = start("")?;
+fn a_daemon_killed_at_every_step_leaves_a_port_in_its_own_bridge_whole_or_not_at_all() -> Result<()> {
+    let Host { mut daemon, ovs } = start("qos_type = \"linux-htb\"\nisolate = true")?;
     let to = json!({"kind": "ovs", "bridge": "br-int", "iface_id": "lsp1", "per_port_bridge": true,
                     "guest": {"make_tap": true, "make_port": true}});
-    killed_in_the_middle(&mut daemon, &json!({"to": to}), || ovs.state())
+    killed_at_every_step(&mut daemon, &json!({"to": to}), || ovs.state())
+}
+
+#[test]
+fn a_daemon_killed_at_every_step_leaves_a_port_in_a_trunks_bridge_whole_or_not_at_all() -> Result<()> {
+    let Host { mut daemon, ovs } = start("")?;
+    let socket = json!({"role": "listen", "path": daemon.socket("vm1")});
+    let to = json!({"kind": "ovs", "bridge": "tbr-1", "iface_id": "lsp1", "tap": "tapt"});
+    killed_at_every_step(&mut daemon, &json!({"socket": socket, "to": to}), || ovs.state())
 }
 
 #[test]

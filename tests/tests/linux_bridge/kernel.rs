@@ -7,6 +7,7 @@
 use std::env;
 use std::sync::Arc;
 
+use e2e::netns::Netns;
 use e2e::qemu::MARK;
 
 use super::*;
@@ -61,7 +62,7 @@ fn a_bond_is_an_uplink_like_any_other_and_keeps_its_ports() -> Result<()> {
     let Some(mut daemon) = host_with_bond()? else { return Ok(()) };
     daemon.host().run("ip link add end type veth peer name cable; ip link set cable master outside up")?;
     let mut far = guest_outside(&daemon, "end")?;
-    let before = state(daemon.host())?;
+    let before = daemon.host().state()?;
     // What is the bond's is not a bridge's to take.
     let taken = bridge_vif("vm1", "brq1", &provided_by("eth1", &json!({})), None);
     let problem = post(&daemon, "/v1/os-vif/plug", &taken, 409)?;
@@ -69,11 +70,11 @@ fn a_bond_is_an_uplink_like_any_other_and_keeps_its_ports() -> Result<()> {
         problem["detail"].to_string().contains("it is a port of bond0, take it out there first"),
         "{problem}"
     );
-    assert_eq!(state(daemon.host())?, before);
+    assert_eq!(daemon.host().state()?, before);
 
     let vif = by_socket(&daemon, "vm1", bridge_vif("vm1", "brq1", &provided_by("bond0", &json!({})), None));
     plug(&daemon, &vif)?;
-    let plugged = state(daemon.host())?;
+    let plugged = daemon.host().state()?;
     for line in [
         "brq1    inet 192.0.2.5/24",
         "default via 2001:db8::1 dev brq1",
@@ -91,9 +92,9 @@ fn a_bond_is_an_uplink_like_any_other_and_keeps_its_ports() -> Result<()> {
     exchange(&mut near, &mut far)?;
     daemon.kill_and_restart()?;
     exchange(&mut guest(&daemon, "vm1")?, &mut guest(&daemon, "far")?)?;
-    assert_eq!(state(daemon.host())?, plugged);
+    assert_eq!(daemon.host().state()?, plugged);
     unplug(&daemon, &vif)?;
-    assert_eq!(state(daemon.host())?, before);
+    assert_eq!(daemon.host().state()?, before);
     Ok(())
 }
 
@@ -102,12 +103,12 @@ fn a_vlan_of_a_bond_is_an_uplink_and_the_bond_stays_the_hosts() -> Result<()> {
     let Some(daemon) = host_with_bond()? else { return Ok(()) };
     daemon.host().run("ip link add link outside name outside.7 type vlan id 7")?;
     let mut far = guest_outside(&daemon, "outside.7")?;
-    let before = state(daemon.host())?;
+    let before = daemon.host().state()?;
     let network = provided_by("bond0", &json!({"should_provide_vlan": true, "vlan": 7}));
     let vif = by_socket(&daemon, "vm1", bridge_vif("vm1", "brq1", &network, None));
     for _ in 0..2 {
         plug(&daemon, &vif)?;
-        let plugged = state(daemon.host())?;
+        let plugged = daemon.host().state()?;
         for line in [
             "\"vlan7\" \"brq1\" 1500 \"vlan\" \"vhostd\"",
             "\"bond0\" null",
@@ -117,7 +118,7 @@ fn a_vlan_of_a_bond_is_an_uplink_and_the_bond_stays_the_hosts() -> Result<()> {
         }
         exchange(&mut guest(&daemon, "vm1")?, &mut far)?;
         unplug(&daemon, &vif)?;
-        assert_eq!(state(daemon.host())?, before);
+        assert_eq!(daemon.host().state()?, before);
     }
     Ok(())
 }
@@ -140,7 +141,7 @@ fn a_bridge_that_filters_vlans_gives_a_plug_its_default_one() -> Result<()> {
         "ip link add end type veth peer name cable; ip link set cable master adm up
          bridge vlan del dev cable vid 5; bridge vlan add dev cable vid 6 pvid untagged; bridge vlan add dev adm vid 7 self",
     )?;
-    let (before, vlans_before) = (state(daemon.host())?, vlans(daemon.host())?);
+    let (before, vlans_before) = (daemon.host().state()?, vlans(daemon.host())?);
     let [one, two] = ["vm1", "vm2"].map(|id| by_socket(&daemon, id, bridge_vif(id, "adm", &json!({}), None)));
     plug(&daemon, &one)?;
     plug(&daemon, &two)?;
@@ -163,6 +164,6 @@ fn a_bridge_that_filters_vlans_gives_a_plug_its_default_one() -> Result<()> {
     unplug(&daemon, &two)?;
     daemon.run(&["unplug", "far"])?;
     daemon.host().run("ip link set end nomaster down; ip link del far")?;
-    assert_eq!((state(daemon.host())?, vlans(daemon.host())?), (before, vlans_before));
+    assert_eq!((daemon.host().state()?, vlans(daemon.host())?), (before, vlans_before));
     Ok(())
 }

@@ -10,43 +10,15 @@ use anyhow::{Context, Result, ensure};
 use e2e::daemon::Daemon;
 use e2e::deadline::wait_for_some;
 use e2e::exchange::exchange;
-use e2e::kill::killed_in_the_middle;
-use e2e::netns::Netns;
+use e2e::kill::killed_at_every_step;
 use e2e::osvif::envelope;
-use e2e::ovs::{Host, Ovs};
+use e2e::ovs::Host;
 use e2e::peer::{Peer, PeerConfig};
 use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(30);
 const MAC: &str = "52:54:00:00:00:01";
 const INSTANCE: &str = "d7a730ca-3c28-49c3-8f26-4662b909fe8a";
-
-/// All links with what they are ports of, their MTUs and what frames meet there, and the host's addresses and routes.
-fn state(host: &Netns) -> Result<String> {
-    let links: Value = serde_json::from_str(&host.run("ip -json -details link")?)?;
-    let mut lines: Vec<String> = Vec::new();
-    for link in links.as_array().context("an array")? {
-        // The switch keeps ovs-netdev for itself, from its first bridge in user space on.
-        if link["ifname"] != "ovs-netdev" {
-            let [name, master, mtu] = ["ifname", "master", "mtu"].map(|key| &link[key]);
-            lines
-                .push(format!("{name} {master} {mtu} {} {}", link["linkinfo"]["info_kind"], link["ifalias"]));
-        }
-    }
-    lines.sort_unstable();
-    // Forwarding is not what changes when a link's carrier does.
-    let ways =
-        host.run("ip -oneline addr show scope global; ip route; ip -6 route | grep -v fe80 || true")?;
-    let mut ways: Vec<_> = ways.lines().map(|way| way.replace(" linkdown", "")).collect();
-    // The numbers of links that were made anew differ.
-    ways.iter_mut().for_each(|way| *way = way.trim_start_matches(|c: char| c.is_ascii_digit()).to_owned());
-    ways.sort_unstable();
-    Ok([lines, ways].concat().join("\n"))
-}
-
-fn ovs_state(ovs: &Ovs) -> Result<String> {
-    Ok(format!("{}\n{}", state(ovs.host())?, ovs.rows()?))
-}
 
 /// What os-vif hands to a plug-in.
 fn asked(class: &str, id: &str, mut more: Value, network: &Value, profile: Option<Value>) -> Value {
@@ -110,7 +82,7 @@ fn hybrid_vif(daemon: &Daemon, id: &str) -> Value {
 #[test]
 fn a_hybrid_guest_reaches_open_vswitch_through_its_linux_bridge() -> Result<()> {
     let Host { mut daemon, ovs } = Host::start()?;
-    let before = ovs_state(&ovs)?;
+    let before = ovs.state()?;
     let [one, two] = ["one", "two"].map(|id| hybrid_vif(&daemon, id));
     plug(&daemon, &one)?;
     plug(&daemon, &two)?;
@@ -121,7 +93,7 @@ fn a_hybrid_guest_reaches_open_vswitch_through_its_linux_bridge() -> Result<()> 
     let ids = "get Interface qvoone external_ids:iface-id external_ids:iface-status external_ids:attached-mac \
                external_ids:vm-uuid mtu";
     assert_eq!(ovs.vsctl(ids)?, format!("lsp-one\nactive\n\"{MAC}\"\n\"{INSTANCE}\"\n1500"));
-    let plugged = ovs_state(&ovs)?;
+    let plugged = ovs.state()?;
     for line in [
         "\"qbrone\" null 1500 \"bridge\" \"vhostd:one\"",
         "\"qvbone\" \"qbrone\" 1500 \"veth\" \"vhostd:one\"",
@@ -139,20 +111,20 @@ fn a_hybrid_guest_reaches_open_vswitch_through_its_linux_bridge() -> Result<()> 
     daemon.kill_and_restart()?;
     drop((a, b));
     let (mut a, mut b) = (guest(&daemon, "one")?, guest(&daemon, "two")?);
-    assert_eq!((ovs_state(&ovs)?, generation()?), (plugged, generation_before), "nothing is touched");
+    assert_eq!((ovs.state()?, generation()?), (plugged, generation_before), "nothing is touched");
     exchange(&mut a, &mut b)?;
 
     unplug(&daemon, &one)?;
     unplug(&daemon, &two)?;
     unplug(&daemon, &two)?;
-    assert_eq!(ovs_state(&ovs)?, before);
+    assert_eq!(ovs.state()?, before);
     Ok(())
 }
 
 #[test]
 fn the_bridge_of_a_vmms_tap_is_made_with_its_way_into_open_vswitch() -> Result<()> {
     let Host { daemon, ovs } = Host::start()?;
-    let before = ovs_state(&ovs)?;
+    let before = ovs.state()?;
     let profile = envelope("VIFPortProfileOpenVSwitch", "1.4", &json!({"interface_id": "lsp1"}));
     let card = bridge_vif("vm1", "qbrvm1", &integration(), Some(profile));
     let plugged = post(&daemon, "/v1/os-vif/plug?wait=forwarding", &card, 201)?;
@@ -164,7 +136,7 @@ fn the_bridge_of_a_vmms_tap_is_made_with_its_way_into_open_vswitch() -> Result<(
     host.run("ip tuntap add tapvm1 mode tap; ip link set tapvm1 master qbrvm1 up")?;
     unplug(&daemon, &card)?;
     host.run("ip link del tapvm1")?;
-    assert_eq!(ovs_state(&ovs)?, before);
+    assert_eq!(ovs.state()?, before);
 
     // The same served by a socket: the TAP is ours.
     plug(&daemon, &by_socket(&daemon, "vm1", card.clone()))?;
@@ -172,7 +144,7 @@ fn the_bridge_of_a_vmms_tap_is_made_with_its_way_into_open_vswitch() -> Result<(
     exchange(&mut guest(&daemon, "vm1")?, &mut guest(&daemon, "vm2")?)?;
     unplug(&daemon, &card)?;
     unplug(&daemon, &hybrid_vif(&daemon, "vm2"))?;
-    assert_eq!(ovs_state(&ovs)?, before);
+    assert_eq!(ovs.state()?, before);
     Ok(())
 }
 
@@ -194,7 +166,7 @@ fn provided() -> Value {
 #[test]
 fn plugs_share_a_bridge_whose_uplink_gets_everything_back_from_the_last() -> Result<()> {
     let mut daemon = host_with_eth1()?;
-    let before = state(daemon.host())?;
+    let before = daemon.host().state()?;
     let card = bridge_vif("card", "brq1", &provided(), None);
     let [one, two] = ["one", "two"].map(|id| bridge_vif(id, "brq1", &provided(), None));
     // Without an interface of its own it only needs the bridge.
@@ -204,7 +176,7 @@ fn plugs_share_a_bridge_whose_uplink_gets_everything_back_from_the_last() -> Res
     for (id, vif) in [("one", &one), ("two", &two)] {
         plug(&daemon, &by_socket(&daemon, id, vif.clone()))?;
     }
-    let plugged = state(daemon.host())?;
+    let plugged = daemon.host().state()?;
     for line in [
         "brq1    inet 192.0.2.5/24",
         "brq1    inet6 2001:db8::5/64",
@@ -218,31 +190,31 @@ fn plugs_share_a_bridge_whose_uplink_gets_everything_back_from_the_last() -> Res
     exchange(&mut guest(&daemon, "one")?, &mut guest(&daemon, "two")?)?;
     daemon.kill_and_restart()?;
     exchange(&mut guest(&daemon, "one")?, &mut guest(&daemon, "two")?)?;
-    assert_eq!(state(daemon.host())?, plugged);
+    assert_eq!(daemon.host().state()?, plugged);
 
     unplug(&daemon, &one)?;
     unplug(&daemon, &two)?;
-    let kept = state(daemon.host())?;
+    let kept = daemon.host().state()?;
     ensure!(kept.contains("default via 192.0.2.1 dev brq1"), "card is plugged still:\n{kept}");
     unplug(&daemon, &card)?;
-    let kept = state(daemon.host())?;
+    let kept = daemon.host().state()?;
     ensure!(kept.contains("\"brq1\" null") && kept.contains("default via 192.0.2.1 dev eth1"), "{kept}");
     unplug(&daemon, &bare)?;
-    assert_eq!(state(daemon.host())?, before);
+    assert_eq!(daemon.host().state()?, before);
     Ok(())
 }
 
 #[test]
 fn a_vlan_of_the_uplink_is_made_or_said_to_be_impossible() -> Result<()> {
     let daemon = host_with_eth1()?;
-    let before = state(daemon.host())?;
+    let before = daemon.host().state()?;
     let mut network = provided();
     network["should_provide_vlan"] = json!(true);
     network["vlan"] = json!(7);
     let vif = bridge_vif("vm1", "brq1", &network, None);
     let answer = daemon.http("POST", "/v1/os-vif/plug", &vif.to_string())?;
     if answer.contains("201 Created") {
-        let plugged = state(daemon.host())?;
+        let plugged = daemon.host().state()?;
         ensure!(plugged.contains("\"vlan7\" \"brq1\" 1500 \"vlan\" \"vhostd\""), "{plugged}");
         ensure!(plugged.contains("default via 192.0.2.1 dev eth1"), "eth1 stays the host's: {plugged}");
         unplug(&daemon, &vif)?;
@@ -252,7 +224,7 @@ fn a_vlan_of_the_uplink_is_made_or_said_to_be_impossible() -> Result<()> {
             "{answer}"
         );
     }
-    assert_eq!(state(daemon.host())?, before);
+    assert_eq!(daemon.host().state()?, before);
     Ok(())
 }
 
@@ -261,16 +233,16 @@ fn what_is_somebody_elses_is_refused_and_nothing_is_left() -> Result<()> {
     let Host { daemon, ovs } = Host::start()?;
     let host = ovs.host();
     host.run(
-        "ip link add name adm type bridge ageing_time 500; ip tuntap add tapa mode tap
+        "ip link add name adm up type bridge ageing_time 500; ip tuntap add tapa mode tap
          ip link add qvob type veth peer name elsewhere; ip tuntap add qbrc mode tap
          ip link add eth1 type veth peer name out1",
     )?;
-    let before = ovs_state(&ovs)?;
+    let before = ovs.state()?;
     let refused = |vif: &Value, status: u16, words: &str| -> Result<()> {
         let problem = post(&daemon, "/v1/os-vif/plug", vif, status)?;
         let detail = problem["detail"].as_str().context("a detail")?;
         ensure!(detail.contains(words), "{detail}");
-        assert_eq!(ovs_state(&ovs)?, before, "{words}");
+        assert_eq!(ovs.state()?, before, "{words}");
         Ok(())
     };
     refused(&hybrid_vif(&daemon, "a"), 409, "tapa exists and was not made by vhostd")?;
@@ -290,7 +262,7 @@ fn what_is_somebody_elses_is_refused_and_nothing_is_left() -> Result<()> {
     let bare = by_socket(&daemon, "h", bridge_vif("h", "adm", &json!({}), None));
     plug(&daemon, &bare)?;
     unplug(&daemon, &bare)?;
-    assert_eq!(ovs_state(&ovs)?, before);
+    assert_eq!(ovs.state()?, before);
     ensure!(host.run("ip -details link show adm")?.contains(" ageing_time 500 "), "it is untouched");
     Ok(())
 }
@@ -348,7 +320,7 @@ fn is_put_right(daemon: &Daemon, action: &str, told: &str, state: impl Fn() -> R
 #[test]
 fn what_somebody_else_does_to_links_is_put_right_and_told() -> Result<()> {
     let Host { daemon, ovs } = Host::start()?;
-    let before = ovs_state(&ovs)?;
+    let before = ovs.state()?;
     let hybrid = |id: &str| plug(&daemon, &hybrid_vif(&daemon, id));
     let bridged = |id: &str| {
         plug(&daemon, &by_socket(&daemon, id, bridge_vif(id, "brq1", &json!({"mtu": 1500}), None)))
@@ -370,7 +342,7 @@ fn what_somebody_else_does_to_links_is_put_right_and_told() -> Result<()> {
         // One that we have open, and one that Open vSwitch has.
         ("ip link del taph2; ip link del qvoh2", "interface taph2 is gone"),
     ] {
-        is_put_right(&daemon, action, told, || ovs_state(&ovs))?;
+        is_put_right(&daemon, action, told, || ovs.state())?;
         exchange(&mut h1, &mut h2)?;
     }
     for (action, told) in [
@@ -378,13 +350,13 @@ fn what_somebody_else_does_to_links_is_put_right_and_told() -> Result<()> {
         ("ip link del brq1", "interface brq1 is gone"),
         ("ip link del tapb1", "interface tapb1 is gone"),
     ] {
-        is_put_right(&daemon, action, told, || ovs_state(&ovs))?;
+        is_put_right(&daemon, action, told, || ovs.state())?;
         exchange(&mut b1, &mut b2)?;
     }
     for id in ["h1", "h2", "b1", "b2"] {
         daemon.run(&["unplug", id])?;
     }
-    assert_eq!(ovs_state(&ovs)?, before);
+    assert_eq!(ovs.state()?, before);
     Ok(())
 }
 
@@ -396,7 +368,7 @@ fn a_tap_deleted_under_open_vswitch_is_made_anew_and_taken_up() -> Result<()> {
         daemon.run(&["plug", name, "--listen", &socket, "--to", "ovs:br0"])?;
     }
     let (mut a, mut b) = (guest(&daemon, "a")?, guest(&daemon, "b")?);
-    is_put_right(&daemon, "ip link del vhd-a", "interface vhd-a is gone", || ovs_state(&ovs))?;
+    is_put_right(&daemon, "ip link del vhd-a", "interface vhd-a is gone", || ovs.state())?;
     exchange(&mut a, &mut b)
 }
 
@@ -419,7 +391,7 @@ fn who_keeps_undoing_it_is_not_raced_and_is_told_of() -> Result<()> {
     let repairs = events.count("repaired");
     ensure!((4..=10).contains(&repairs), "{repairs} repairs in {:?}", start.elapsed());
     wait_for_some("the last repair", SOON, || {
-        Ok(state(daemon.host())?.contains("\"tapvm1\" \"brq1\"").then_some(()))
+        Ok(daemon.host().state()?.contains("\"tapvm1\" \"brq1\"").then_some(()))
     })
 }
 
@@ -446,7 +418,7 @@ fn another_mtu_than_the_plugs_is_a_condition_where_it_is_not_ours() -> Result<()
     plug(&daemon, &by_socket(&daemon, "vm2", bridge_vif("vm2", "brq1", &network(9000), None)))?;
     let _guest = guest(&daemon, "vm2")?;
     is_put_right(&daemon, "ip link set tapvm2 mtu 1400", "tapvm2 has MTU 1400, the plug 9000", || {
-        state(daemon.host())
+        daemon.host().state()
     })
 }
 
@@ -481,7 +453,7 @@ fn race(daemon: &Daemon, spec: &Value, requests: u32, state: impl Fn() -> Result
 fn plugs_and_unplugs_of_one_id_that_race_leave_nothing_in_a_bridge() -> Result<()> {
     let daemon = host_with_eth1()?;
     let spec = spec_of(&daemon, &by_socket(&daemon, "vm1", bridge_vif("vm1", "brq1", &provided(), None)))?;
-    race(&daemon, &spec, 250, || state(daemon.host()))
+    race(&daemon, &spec, 250, || daemon.host().state())
 }
 
 #[test]
@@ -490,7 +462,7 @@ fn plugs_and_unplugs_of_one_id_that_race_leave_nothing_in_open_vswitch() -> Resu
     let socket = json!({"role": "listen", "path": daemon.socket("vm1")});
     let spec = json!({"socket": socket, "to": {"kind": "ovs", "bridge": "br0"}});
     // Each waits for ovs-vswitchd.
-    race(&daemon, &spec, 50, || ovs_state(&ovs))
+    race(&daemon, &spec, 50, || ovs.state())
 }
 
 /// The spec that a VIF becomes.
@@ -500,17 +472,17 @@ fn spec_of(daemon: &Daemon, asked: &Value) -> Result<Value> {
 }
 
 #[test]
-fn a_daemon_killed_in_the_middle_of_a_hybrid_plug_leaves_neither_gaps_nor_leftovers() -> Result<()> {
+fn a_daemon_killed_at_every_step_of_a_hybrid_plug_leaves_neither_gaps_nor_leftovers() -> Result<()> {
     let Host { mut daemon, ovs } = Host::start()?;
     let spec = spec_of(&daemon, &hybrid_vif(&daemon, "vm1"))?;
-    killed_in_the_middle(&mut daemon, &spec, || ovs_state(&ovs))
+    killed_at_every_step(&mut daemon, &spec, || ovs.state())
 }
 
 #[test]
-fn a_daemon_killed_in_the_middle_of_a_bridge_plug_leaves_the_uplink_with_its_addresses() -> Result<()> {
+fn a_daemon_killed_at_every_step_of_a_bridge_plug_leaves_the_uplink_with_its_addresses() -> Result<()> {
     let mut daemon = host_with_eth1()?;
     let host = daemon.netns();
     let vif = by_socket(&daemon, "vm1", bridge_vif("vm1", "brq1", &provided(), None));
     let spec = spec_of(&daemon, &vif)?;
-    killed_in_the_middle(&mut daemon, &spec, || state(&host))
+    killed_at_every_step(&mut daemon, &spec, || host.state())
 }
