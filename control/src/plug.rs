@@ -6,8 +6,8 @@
 //! start   for each record: the same steps, tried until they succeed
 //! ```
 //!
-//! A step that somebody else undoes later, to a link of the host or in Open vSwitch's database, is taken again and told as an
-//! event.
+//! A step that somebody else undoes later, to a link or a device of the host or in Open vSwitch's database, is taken again and
+//! told as an event.
 //!
 //! What cannot be finished, a stored plug that does not come back or an unplug that fails half-way, keeps its record,
 //! says so, and is tried again in the background until it succeeds. A start goes on with it.
@@ -220,8 +220,10 @@ impl Plugs {
             (Intent::Plugged, fault) => match (ports, fault) {
                 (Some(ports), None) => self.steps.status(id, &record.spec, &ports),
                 (Some(ports), Some(Fault { whose, message })) => {
+                    let status = self.steps.status(id, &record.spec, &ports);
+                    let is_said = status.conditions.iter().any(|condition| condition.message == message);
                     let missing = Condition { phase: Phase::Forwarding, whose, message };
-                    self.steps.status(id, &record.spec, &ports).and(vec![missing])
+                    if is_said { status } else { status.and(vec![missing]) }
                 }
                 (None, Some(fault)) => Status::pending(fault.whose, fault.message),
                 (None, None) => Status::pending(Whose::Vhostd, "being plugged"),

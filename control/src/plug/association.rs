@@ -12,9 +12,9 @@ use hostnet::{Association, AssociationError, HostNet, LetGo, Listener, Profile, 
 use tokio::sync::watch;
 use tokio::time::sleep;
 
+use super::links::Flaw;
 use crate::names::{Name, Uuid};
 use crate::spec::PortProfile;
-use crate::status::{Condition, Phase, Whose};
 
 /// This host, for a switch that wants to know (machine-id(5)).
 const MACHINE_ID: &str = "/etc/machine-id";
@@ -129,16 +129,11 @@ impl Associations {
     }
 
     /// What a switch has undone of a plug.
-    pub(super) fn flaw(&self, id: &Name) -> Option<String> {
+    pub(super) fn flaw(&self, id: &Name) -> Option<Flaw> {
         let guests = self.guests();
         let guest = guests.get(id).filter(|guest| guest.is_let_go)?;
-        Some(format!("the switch at {} has let go of the guest", guest.association.device))
-    }
-
-    /// The same as a condition of the plug.
-    pub(super) fn missing(&self, id: &Name) -> Option<Condition> {
-        let condition = |message| Condition { phase: Phase::Forwarding, whose: Whose::Host, message };
-        self.flaw(id).map(condition)
+        let message = format!("the switch at {} has let go of the guest", guest.association.device);
+        Some(Flaw { message, ours: true, is_gone: false })
     }
 
     fn listener(&self) -> Listener {
@@ -192,10 +187,8 @@ mod tests {
         assert!(!changes.has_changed().unwrap() && associations.flaw(&id("vm1")).is_none());
         associations.let_go(&LetGo { instance: [7; 16], addresses: vec![[3; 6], [2; 6]] });
         assert!(changes.has_changed().unwrap());
-        assert_eq!(
-            associations.flaw(&id("vm1")).as_deref(),
-            Some("the switch at eth1 has let go of the guest")
-        );
+        let flaw = associations.flaw(&id("vm1")).unwrap();
+        assert_eq!(flaw.message, "the switch at eth1 has let go of the guest");
         assert!(associations.flaw(&id("vm2")).is_none() && associations.guests().len() == 2);
     }
 }

@@ -6,8 +6,12 @@
 //! detach    the same backwards, to what the record says
 //! ```
 //!
+//! What others do to it meanwhile is put right ([`watch`]).
+//!
 //! What is to be given back is recorded with the plug before anything is changed: a daemon that is killed at any step goes on
 //! from there when it is back. What is gone by then, the device or its physical function, needs nothing back.
+
+mod watch;
 
 use dataplane::Link;
 use hostnet::{Association, Binding, Function, FunctionState, HostNet, Pci, PciDevice, PciError};
@@ -33,13 +37,15 @@ pub(super) struct Devices {
     config: DevicesConfig,
     changing: tokio::sync::Mutex<()>,
     associations: Associations,
+    lookout: watch::Lookout,
 }
 
 impl Devices {
     pub(super) fn new(config: DevicesConfig) -> Self {
         let pci = Pci::new(&config.sysfs);
         let associations = Associations::new(config.lldpad.clone(), pci.clone());
-        Self { pci, config, changing: tokio::sync::Mutex::default(), associations }
+        let (changing, lookout) = (tokio::sync::Mutex::default(), watch::Lookout::default());
+        Self { pci, config, changing, associations, lookout }
     }
 
     /// The guests of which switches outside are told.
@@ -185,6 +191,34 @@ impl Devices {
         spec: &PlugSpec,
         device: &Device,
     ) -> Result<Option<Link>, StepError> {
+        match self.give(host, id, spec, device).await? {
+            Some(alone) => macvtap::ensure(host, &self.associations, id, spec, &alone).await,
+            None => Ok(None),
+        }
+    }
+
+    /// Puts right what somebody else has done to the device, and to the macvtap on it, which we have open.
+    pub(super) async fn mend(
+        &self,
+        host: &HostNet,
+        id: &Name,
+        spec: &PlugSpec,
+        device: &Device,
+    ) -> Result<(), StepError> {
+        match self.give(host, id, spec, device).await? {
+            Some(alone) => macvtap::mend(host, &self.associations, id, spec, &alone).await,
+            None => Ok(()),
+        }
+    }
+
+    /// All but the macvtap, which is given as it has to be if the guest is behind a socket.
+    async fn give(
+        &self,
+        host: &HostNet,
+        id: &Name,
+        spec: &PlugSpec,
+        device: &Device,
+    ) -> Result<Option<Macvtap>, StepError> {
         let (Some(address), Some(found)) = (device.address, &device.found) else {
             return Err(StepError::Unresolved);
         };
@@ -193,13 +227,7 @@ impl Devices {
             if let Some(guest) = association(interface.clone(), function, Some(mac), device).await {
                 self.associations.associate(host, id, guest).await?;
             } else {
-                let wanted = FunctionState {
-                    address: mac.0,
-                    vlan: device.vlan.unwrap_or_default(),
-                    priority: 0,
-                    spoof_check: device.spoof_check,
-                    trust: device.trust,
-                };
+                let wanted = function_wanted(mac, device);
                 host.set_virtual_function(&interface, function.number, &wanted).await?;
             }
         }
@@ -207,8 +235,7 @@ impl Devices {
             let driver = driver.to_string();
             self.pci(move |pci| pci.bind(address.0, &driver)).await?;
         }
-        if let (Some(port), Some(FoundRepresentor { devargs: None, .. })) = (&device.port, &found.representor)
-        {
+        if let (Some(port), Some(_)) = (&device.port, device.representor()) {
             let now = self.pci(move |pci| pci.representor(address.0)).await?.name;
             let wanted = port.tap(id);
             if now != wanted.as_str() {
@@ -227,8 +254,7 @@ impl Devices {
         // With the address that the interface has of the macvtap, what the host says there would be the guest's.
         host.set_ipv6(below.as_str(), false).await?;
         let tap = Some(Device::tap(id));
-        let alone = Macvtap { mode: MacvtapMode::Passthrough, tap, ..Macvtap::new(below) };
-        macvtap::ensure(host, &self.associations, id, spec, &alone).await
+        Ok(Some(Macvtap { mode: MacvtapMode::Passthrough, tap, ..Macvtap::new(below) }))
     }
 
     /// Gives the device back. Its port is out of Open vSwitch by now: a switch that holds a representor under one name does not
@@ -244,7 +270,7 @@ impl Devices {
         if spec.socket.is_some() {
             host.remove_macvtap(Device::tap(id).as_str(), id.as_str()).await?;
         }
-        if let Some(FoundRepresentor { devargs: None, name, up, mtu }) = &found.representor {
+        if let Some(FoundRepresentor { name, up, mtu, .. }) = device.representor() {
             let representor = gone_is_none(self.pci(move |pci| pci.representor(address.0)).await)?;
             if let Some(now) = representor.map(|representor| representor.name) {
                 if now != name.as_str() {
@@ -354,9 +380,7 @@ pub(super) fn plan(id: &Name, spec: &PlugSpec, device: &Device) -> Vec<String> {
         let now = found.driver.as_deref().unwrap_or("none");
         steps.push(format!("bind {address} to driver {driver}, which is bound to {now}"));
     }
-    if let (Some(port), Some(FoundRepresentor { name, devargs: None, .. })) =
-        (&device.port, &found.representor)
-    {
+    if let (Some(port), Some(FoundRepresentor { name, .. })) = (&device.port, device.representor()) {
         let wanted = port.tap(id);
         let named = if *name == wanted { String::new() } else { format!(", call it {wanted}") };
         steps.push(format!("take {name}, the representor of {address}{named}, and set it up"));
@@ -392,6 +416,17 @@ async fn association(
 /// How the device was bound when it was found.
 fn binding(found: &Found) -> Binding {
     Binding { driver: found.driver.clone(), driver_override: found.driver_override.clone() }
+}
+
+/// How a guest's virtual function has to be held.
+fn function_wanted(mac: Mac, device: &Device) -> FunctionState {
+    FunctionState {
+        address: mac.0,
+        vlan: device.vlan.unwrap_or_default(),
+        priority: 0,
+        spoof_check: device.spoof_check,
+        trust: device.trust,
+    }
 }
 
 /// What there is nothing to give back to.

@@ -17,7 +17,6 @@ use tokio::time::{Instant, sleep};
 use super::error::StepError;
 use crate::names::Name;
 use crate::spec::{Bridge, PlugSpec, To};
-use crate::status::{Condition, Phase, Whose};
 
 /// Links change in bursts: one look is for all news of this time.
 const SETTLE: Duration = Duration::from_millis(20);
@@ -164,13 +163,6 @@ impl Links {
         needs.iter().flat_map(|need| seen.flaws(need, spec.mtu_bytes())).collect()
     }
 
-    /// The same as conditions of the plug.
-    pub(super) fn missing(&self, id: &Name, spec: &PlugSpec) -> Vec<Condition> {
-        let condition =
-            |flaw: Flaw| Condition { phase: Phase::Forwarding, whose: Whose::Host, message: flaw.message };
-        self.flaws(id, spec).into_iter().map(condition).collect()
-    }
-
     fn tick(&self) -> u64 {
         let mut seen = self.seen();
         seen.clock += 1;
@@ -252,8 +244,15 @@ fn needs(id: &Name, spec: &PlugSpec, number: Option<u32>) -> Vec<Need> {
     let Some(to) = &spec.to else { return Vec::new() };
     let tap = to.tap(id);
     match to {
-        // A device that the guest has is no link of the host's.
-        To::Device(_) => Vec::new(),
+        // A device that the guest has is no link of the host's: its representor is, and a macvtap on it.
+        To::Device(device) => {
+            let representor = device.representor().and(device.port.as_ref()).map(|port| port.tap(id));
+            let mut needs: Vec<_> = representor.iter().map(|name| need(name, None, Mtu::Switch)).collect();
+            if spec.socket.is_some() {
+                needs.push(Need { number, ..need(&tap, None, mtu) });
+            }
+            needs
+        }
         To::Tap(_) | To::Macvtap(_) => vec![Need { number, ..need(&tap, None, mtu) }],
         To::Bridge(Bridge { bridge, uplink, guest, tap: named }) => {
             let mut needs = vec![need(bridge, None, at_least)];

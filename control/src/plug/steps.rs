@@ -11,7 +11,7 @@ use vhost_user::{Access, Endpoint};
 use super::bridge::LinuxBridges;
 use super::device::Devices;
 use super::error::StepError;
-use super::links::Links;
+use super::links::{Flaw, Links};
 use super::ovs::OpenVSwitch;
 use super::plan::plan;
 use super::table::Others;
@@ -19,7 +19,7 @@ use super::{bridge, macvtap, tap};
 use crate::config::{DevicesConfig, OvsConfig};
 use crate::names::Name;
 use crate::spec::{Macvtap, PlugSpec, PortProfile, Role, Socket, To};
-use crate::status::{Status, Whose};
+use crate::status::{Condition, Phase, Status, Whose};
 
 /// How sockets that we make look, and where sockets may be.
 #[derive(Clone, Debug, Default)]
@@ -55,6 +55,8 @@ pub(super) enum World {
     OpenVSwitch,
     /// What switches outside know of guests.
     Switches,
+    /// The guests' devices.
+    Devices,
 }
 
 /// The worlds that the steps act on.
@@ -117,7 +119,7 @@ impl Steps {
     pub(super) async fn attach(&self, id: &Name, spec: &PlugSpec) -> Result<Vec<PortId>, StepError> {
         let mut ports = Vec::new();
         let attached = match self.attach_all(id, spec, &mut ports).await {
-            Ok(()) => self.links.look(&self.host, id, spec, true).await,
+            Ok(()) => self.look(id, spec, true).await,
             failed => failed,
         };
         let Err(error) = attached else { return Ok(ports) };
@@ -141,28 +143,27 @@ impl Steps {
     /// Whether somebody else has undone a step.
     pub(super) fn is_amiss(&self, id: &Name, spec: &PlugSpec) -> bool {
         spec.ovs().is_some_and(|ovs| self.ovs.is_amiss(id, ovs))
-            || self.links.flaws(id, spec).iter().any(|flaw| flaw.ours)
-            || self.devices.associations().flaw(id).is_some()
+            || self.flaws_seen(id, spec).iter().any(|flaw| flaw.ours)
     }
 
     /// What somebody else has undone, as of now.
     pub(super) async fn flaws(&self, id: &Name, spec: &PlugSpec) -> Result<Vec<String>, StepError> {
-        self.links.look(&self.host, id, spec, false).await?;
-        let mut flaws = self.flaws_of_host_side(id, spec).0;
+        self.look(id, spec, false).await?;
+        let mut flaws = self.flaws_of_ours(id, spec).0;
         flaws.extend(spec.ovs().and_then(|ovs| self.ovs.lacking(id, ovs)));
         Ok(flaws)
     }
 
-    /// Puts right what somebody else has done to the plug's side of the host. Gives its ports, of which the TAP's is another one where
-    /// the TAP had to be made anew, and what was wrong.
+    /// Puts right what somebody else has done to the plug's links, to its device, and to what a switch outside knows of its guest.
+    /// Gives its ports, of which the TAP's is another one where the TAP had to be made anew, and what was wrong.
     pub(super) async fn mend(
         &self,
         id: &Name,
         spec: &PlugSpec,
         mut ports: Vec<PortId>,
     ) -> Result<(Vec<PortId>, Vec<String>), StepError> {
-        self.links.look(&self.host, id, spec, false).await?;
-        let (flaws, is_tap_gone) = self.flaws_of_host_side(id, spec);
+        self.look(id, spec, false).await?;
+        let (flaws, is_tap_gone) = self.flaws_of_ours(id, spec);
         let Some(to) = spec.to.as_ref().filter(|_| !flaws.is_empty()) else { return Ok((ports, flaws)) };
         if is_tap_gone {
             // Until there is a new one the former stays: what is sent to it is counted.
@@ -174,16 +175,29 @@ impl Steps {
         } else {
             self.mend_host_side(id, spec, to).await?;
         }
-        self.links.look(&self.host, id, spec, is_tap_gone).await?;
+        self.look(id, spec, is_tap_gone).await?;
         Ok((ports, flaws))
     }
 
-    /// What is ours to put right of the host's side, and whether the TAP that we have open is gone.
-    fn flaws_of_host_side(&self, id: &Name, spec: &PlugSpec) -> (Vec<String>, bool) {
-        let flaws: Vec<_> = self.links.flaws(id, spec).into_iter().filter(|flaw| flaw.ours).collect();
+    /// Looks at the plug's links and its device as they are now. `attached` says that the TAP is one that we have just opened.
+    async fn look(&self, id: &Name, spec: &PlugSpec, attached: bool) -> Result<(), StepError> {
+        self.devices.look(&self.host, id, spec).await;
+        self.links.look(&self.host, id, spec, attached).await
+    }
+
+    /// What was not as it has to be when it was last looked at.
+    fn flaws_seen(&self, id: &Name, spec: &PlugSpec) -> Vec<Flaw> {
+        let mut flaws = self.links.flaws(id, spec);
+        flaws.extend(self.devices.flaws(id));
+        flaws.extend(self.devices.associations().flaw(id));
+        flaws
+    }
+
+    /// What is ours to put right, and whether the TAP that we have open is gone.
+    fn flaws_of_ours(&self, id: &Name, spec: &PlugSpec) -> (Vec<String>, bool) {
+        let flaws: Vec<_> = self.flaws_seen(id, spec).into_iter().filter(|flaw| flaw.ours).collect();
         let is_tap_gone = flaws.iter().any(|flaw| flaw.is_gone);
-        let messages = flaws.into_iter().map(|flaw| flaw.message);
-        (messages.chain(self.devices.associations().flaw(id)).collect(), is_tap_gone)
+        (flaws.into_iter().map(|flaw| flaw.message).collect(), is_tap_gone)
     }
 
     /// Tells when plugs such as this may be amiss; the first who asks has to [`follow`](Self::follow) what is told of.
@@ -194,7 +208,9 @@ impl Steps {
             matches!(&spec.to, Some(To::Macvtap(Macvtap { profile: Some(PortProfile::Qbg { .. }), .. })));
         let switches = is_told.then(|| self.devices.associations().begin()).flatten();
         let switches = switches.map(|changes| (World::Switches, changes));
-        ovs.into_iter().chain(links).chain(switches).collect()
+        let devices =
+            spec.device().and_then(|_| self.devices.begin()).map(|changes| (World::Devices, changes));
+        ovs.into_iter().chain(links).chain(switches).chain(devices).collect()
     }
 
     /// Follows what others do, for ever.
@@ -203,6 +219,7 @@ impl Steps {
             World::Links => self.links.follow(&self.host).await,
             World::OpenVSwitch => self.ovs.follow().await,
             World::Switches => self.devices.associations().follow().await,
+            World::Devices => self.devices.follow(&self.host).await,
         }
     }
 
@@ -222,6 +239,7 @@ impl Steps {
         self.remove_ports(ports).await;
         self.remove_sockets(spec).await;
         self.links.forget(id);
+        self.devices.forget(id);
         self.remove_host_side(id, spec, others).await
     }
 
@@ -251,9 +269,10 @@ impl Steps {
         if reports.len() < ports.len() {
             return Status::pending(Whose::Vhostd, "the dataplane has lost a port");
         }
-        let mut missing = self.links.missing(id, spec);
+        let condition =
+            |flaw: Flaw| Condition { phase: Phase::Forwarding, whose: Whose::Host, message: flaw.message };
+        let mut missing: Vec<_> = self.flaws_seen(id, spec).into_iter().map(condition).collect();
         missing.extend(spec.ovs().into_iter().flat_map(|ovs| self.ovs.missing(id, spec, ovs)));
-        missing.extend(self.devices.associations().missing(id));
         Status::of_ports(spec, &reports).and(missing)
     }
 
@@ -327,8 +346,7 @@ impl Steps {
             To::Macvtap(macvtap) => {
                 macvtap::mend(&self.host, self.devices.associations(), id, spec, macvtap).await
             }
-            // Its links are not followed.
-            To::Device(_) => Ok(()),
+            To::Device(device) => self.devices.mend(&self.host, id, spec, device).await,
         }
     }
 

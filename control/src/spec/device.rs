@@ -138,6 +138,11 @@ impl Device {
         self.found.as_ref()?.representor.as_ref()?.devargs.as_deref()
     }
 
+    /// The representor, if it is the host's to set up.
+    pub fn representor(&self) -> Option<&FoundRepresentor> {
+        self.found.as_ref()?.representor.as_ref().filter(|representor| representor.devargs.is_none())
+    }
+
     /// Refuses what contradicts itself.
     pub(super) fn check(&self, mac: Option<Mac>, behind_socket: bool) -> Result<(), SpecError> {
         let ethernet = self.dev_type == DeviceType::Ethernet;

@@ -20,7 +20,7 @@ use anyhow::{Context, Result, ensure};
 use e2e::daemon::Daemon;
 use e2e::deadline::wait_for_some;
 use e2e::exchange::{self, GUESTS};
-use e2e::kill::kill;
+use e2e::kill::{kill, killed_at_every_step};
 use e2e::netns::Netns;
 use e2e::osvif::{VIF as ID, envelope};
 use e2e::ovs::{Dpdk, Ovs, datapath_type};
@@ -46,7 +46,9 @@ impl Host {
     /// by interface numbers in one directory for all namespaces of the machine: those behind `others` are this test's.
     fn start(others: u32, configuration: impl FnOnce(&Arc<Netns>) -> Result<String>) -> Result<Self> {
         let (netns, sysfs) = (Arc::new(Netns::new()?), Sysfs::new()?);
-        netns.run(&format!("for n in $(seq {others}); do ip link add f$n type bridge; done"))?;
+        netns.run(&format!(
+            "for n in $(seq {others}); do echo link add f$n type bridge; done | ip -batch -"
+        ))?;
         netns.run("ip link add p0 type veth peer name uplink")?;
         let pf = sysfs.device(PF)?;
         sysfs.interface(&pf, "p0", "52:54:00:00:00:f0")?;
@@ -80,30 +82,13 @@ impl Host {
         plugged(&self.daemon, document)
     }
 
-    /// Driver and override of each device; names, addresses, MTUs of all links and whether they are up.
     fn state(&self) -> Result<String> {
-        let drivers = VFS.map(|vf| {
-            let dir = self.sysfs.path(&format!("bus/pci/devices/{vf}"));
-            let driver = fs::read_link(dir.join("driver")).unwrap_or_default();
-            (
-                driver,
-                fs::read_to_string(dir.join("driver_override"))
-                    .unwrap_or_default()
-                    .trim()
-                    .replace("(null)", ""),
-            )
-        });
-        // Whether a veth's other end is up is told in its flags, too.
-        let links = "ip -oneline link show type veth | sed 's/,LOWER_UP//;s/NO-CARRIER,//;s/ state [A-Z]*//;s/ qdisc [a-z]*//'";
-        Ok(format!("{drivers:?}\n{}", self.daemon.host().run(links)?))
+        state(&self.sysfs, self.daemon.host())
     }
 
     /// What the kernel does in sysfs when an interface gets another name.
     fn renamed(&self, from: &str, to: &str) -> Result<()> {
-        Ok(fs::rename(
-            self.sysfs.path(&format!("class/net/{from}")),
-            self.sysfs.path(&format!("class/net/{to}")),
-        )?)
+        renamed(&self.sysfs, from, to)
     }
 
     fn guest(&self, name: &str) -> Result<Peer> {
@@ -132,10 +117,33 @@ fn guest(daemon: &Daemon, name: &str) -> Result<Peer> {
     Ok(guest)
 }
 
+/// Driver and override of each device; names, addresses, MTUs of all links and whether they are up.
+fn state(sysfs: &Sysfs, host: &Netns) -> Result<String> {
+    let drivers = VFS.map(|vf| {
+        let dir = sysfs.path(&format!("bus/pci/devices/{vf}"));
+        let driver = fs::read_link(dir.join("driver")).unwrap_or_default();
+        let only = fs::read_to_string(dir.join("driver_override")).unwrap_or_default();
+        (driver, only.trim().replace("(null)", ""))
+    });
+    // Whether a veth's other end is up is told in its flags, too.
+    let links = "ip -oneline link show type veth | sed 's/,LOWER_UP//;s/NO-CARRIER,//;s/ state [A-Z]*//;s/ qdisc [a-z]*//'";
+    Ok(format!("{drivers:?}\n{}", host.run(links)?))
+}
+
+fn renamed(sysfs: &Sysfs, from: &str, to: &str) -> Result<()> {
+    Ok(fs::rename(sysfs.path(&format!("class/net/{from}")), sysfs.path(&format!("class/net/{to}")))?)
+}
+
 fn said(output: &Output, code: i32) -> Result<String> {
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(output.status.code() == Some(code), "{:?}, not {code}: {errors}", output.status);
     Ok(errors)
+}
+
+/// The daemon's configuration for this switch, behind that for devices.
+fn with_switch(ovs: &Ovs) -> String {
+    let (database, kind) = (ovs.socket().display().to_string(), datapath_type());
+    format!("driver = \"vfio-pci\"\n[ovs]\ndatabase = \"unix:{database}\"\ndatapath_type = \"{kind}\"\n")
 }
 
 /// A VIFHostDevice as nova makes one of a port of vnic type `direct`, but for `dev_type`.
@@ -224,6 +232,61 @@ fn a_kill_in_the_middle_leaves_nothing_behind() -> Result<()> {
 }
 
 #[test]
+fn a_daemon_killed_at_every_step_leaves_a_device_with_one_driver_or_the_other() -> Result<()> {
+    let Host { mut daemon, sysfs } = Host::start(0, |_| Ok(String::new()))?;
+    let host = daemon.netns();
+    let to = json!({"kind": "device", "address": VFS[0], "driver": "vfio-pci"});
+    killed_at_every_step(&mut daemon, &json!({"to": to}), || state(&sysfs, &host))
+}
+
+/// In sysfs the representor keeps its name, which is the port's.
+#[test]
+fn a_daemon_killed_at_every_step_leaves_a_device_behind_a_socket_whole_or_not_at_all() -> Result<()> {
+    let mut ovs = None;
+    let Host { mut daemon, sysfs } = Host::start(300, |netns| {
+        let started = Ovs::start(netns, Dpdk::Off)?;
+        let configuration = with_switch(&started);
+        ovs = Some(started);
+        Ok(configuration)
+    })?;
+    let (ovs, host) = (ovs.unwrap(), daemon.netns());
+    host.run("ip link set v1 up")?;
+    let socket = json!({"role": "listen", "path": daemon.socket("vm1")});
+    let to = json!({"kind": "device", "address": VFS[0], "port": {"bridge": "br0", "iface_id": "lsp1"}});
+    let spec = json!({"socket": socket, "mac": "52:54:00:00:00:01", "mtu": 1400, "to": to});
+    killed_at_every_step(&mut daemon, &spec, || Ok(format!("{}\n{}", state(&sysfs, &host)?, ovs.state()?)))
+}
+
+#[test]
+fn another_driver_than_the_guests_is_put_right_and_told() -> Result<()> {
+    let host = Host::start(0, |_| Ok("driver = \"vfio-pci\"\n".into()))?;
+    let before = host.state()?;
+    host.plugged(&host_device("generic", VFS[0]))?;
+    let plugged = host.state()?;
+    let mut events = host.daemon.events()?;
+    let driver = host.sysfs.path(&format!("bus/pci/devices/{}/driver", VFS[0]));
+    for other in [Some("igbvf"), None] {
+        fs::remove_file(&driver)?;
+        other.map_or(Ok(()), |other| host.sysfs.bound(VFS[0], other))?;
+        let now = other.unwrap_or("none");
+        events.wait_for("repaired", &format!("is bound to driver {now}, not to vfio-pci"))?;
+        assert_eq!(host.state()?, plugged);
+    }
+    // A device that has gone is said to be, until it is back.
+    let at = host.sysfs.path(&format!("bus/pci/devices/{}", VFS[0]));
+    let away = at.with_file_name("away");
+    fs::rename(&at, &away)?;
+    events.wait_for("failed", "this host has no PCI device 0000:03:00.1")?;
+    let conditions = host.daemon.json(&["show", ID])?["status"]["conditions"].to_string();
+    ensure!(conditions.matches("no PCI device 0000:03:00.1").count() == 1, "{conditions}");
+    fs::rename(&away, &at)?;
+    host.daemon.wait_for_forwarding(&[ID])?;
+    host.daemon.run(&["unplug", ID])?;
+    assert_eq!(host.state()?, before);
+    Ok(())
+}
+
+#[test]
 fn what_no_guest_can_have_is_refused_and_untouched() -> Result<()> {
     let host = Host::start(0, |_| Ok(String::new()))?;
     let before = host.state()?;
@@ -296,11 +359,7 @@ fn guests_behind_sockets_reach_open_vswitch_through_their_virtual_functions() ->
     let mut ovs = None;
     let mut host = Host::start(120, |netns| {
         let started = Ovs::start(netns, Dpdk::Off)?;
-        let configuration = format!(
-            "driver = \"vfio-pci\"\n[ovs]\ndatabase = \"unix:{}\"\ndatapath_type = \"{}\"\n",
-            started.socket().display(),
-            datapath_type()
-        );
+        let configuration = with_switch(&started);
         ovs = Some(started);
         Ok(configuration)
     })?;
@@ -323,7 +382,35 @@ fn guests_behind_sockets_reach_open_vswitch_through_their_virtual_functions() ->
     assert_eq!(silenced, "1\n", "it would speak with the guest's address");
     exchange::exchange(&mut host.guest("vm1")?, &mut host.guest("vm2")?)?;
     host.daemon.kill_and_restart()?;
-    exchange::exchange(&mut host.guest("vm1")?, &mut host.guest("vm2")?)?;
+    let (mut vm1, mut vm2) = (host.guest("vm1")?, host.guest("vm2")?);
+    exchange::exchange(&mut vm1, &mut vm2)?;
+
+    // What somebody else does to them is put right, and told.
+    let mut events = host.daemon.events()?;
+    let links = "ip -oneline link show | grep -v 'state DOWN' | cut -d' ' -f2 | sort";
+    let plugged = host.daemon.host().run(links)?;
+    for (action, told) in [
+        ("ip link set tap-vm1 down", "tap-vm1 is down"),
+        ("ip link set vhd-vm1 mtu 1400", "vhd-vm1 has MTU 1400, the plug 1500"),
+        ("ip link set tap-vm2 down name r2", "interface tap-vm2 is gone"),
+        ("ip link del vhd-vm2", "interface vhd-vm2 is gone"),
+    ] {
+        if action.ends_with("r2") {
+            host.renamed("tap-vm2", "r2")?;
+        }
+        host.daemon.host().run(action)?;
+        events.wait_for("repaired", told).with_context(|| format!("after {action}"))?;
+        if action.ends_with("r2") {
+            host.renamed("r2", "tap-vm2")?;
+        }
+        host.daemon.wait_for_forwarding(&["vm1", "vm2"])?;
+        exchange::exchange(&mut vm1, &mut vm2).with_context(|| format!("after {action}"))?;
+        assert_eq!(host.daemon.host().run(links)?, plugged, "after {action}");
+    }
+    ovs.vsctl("--no-wait del-port tap-vm1")?;
+    events.wait_for("repaired", "it is not in Open vSwitch as it was")?;
+    host.daemon.wait_for_forwarding(&["vm1"])?;
+    exchange::exchange(&mut vm1, &mut vm2)?;
     for name in ["vm1", "vm2"] {
         host.daemon.run(&["unplug", name])?;
     }
@@ -406,6 +493,10 @@ fn a_netdevsim_holds_its_virtual_function_and_its_representor_is_named() -> Resu
     for _ in 0..2 {
         host.plugged(&document)?;
         host.daemon.wait_for_forwarding(&["vm1"])?;
+        // What the guest may not change nobody else changes for long.
+        let mut events = host.daemon.events()?;
+        host.daemon.host().run(&format!("ip link set {physical} vf 0 mac 52:54:00:00:00:99 vlan 9"))?;
+        events.wait_for("repaired", "address 52:54:00:00:00:99, VLAN 9, priority 0, not with")?;
         let now = links(&host)?;
         for text in ["52:54:00:00:00:01", "vlan 7", "spoof checking on", "trust on"] {
             assert!(now.contains(text), "{text}: {now}");
