@@ -5,6 +5,7 @@
 //! waiting for frames is a test of notifications too.
 
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -199,7 +200,15 @@ impl Ring {
 impl Peer {
     /// Connects to a listening back end, starts and enables all rings. No RX buffer is offered yet.
     pub fn connect(path: impl AsRef<Path>, config: PeerConfig) -> Result<Self, FrontEndError> {
-        let mut front = FrontEnd::connect(path)?;
+        Self::start(FrontEnd::connect(path)?, config)
+    }
+
+    /// The same for a back end that connects to this socket.
+    pub fn accept(listener: &UnixListener, config: PeerConfig) -> Result<Self, FrontEndError> {
+        Self::start(FrontEnd::accept(listener)?, config)
+    }
+
+    fn start(mut front: FrontEnd, config: PeerConfig) -> Result<Self, FrontEndError> {
         front.negotiate(config.features | 1 << features::PROTOCOL_FEATURES, PROTOCOL)?;
         let ring_bytes = DriverRing::bytes(config.ring_size).next_multiple_of(4096);
         let half = (ring_bytes + usize::from(config.buffers()) * config.slot_len()).next_multiple_of(4096);
@@ -207,8 +216,8 @@ impl Peer {
         front.set_memory(&[(memory.region(), memory.fd())])?;
         let mut peer = Self { front, memory, config, pairs: Vec::new() };
         for pair in 0..config.queue_pairs {
-            let rx = peer.start(2 * pair, 2 * half * usize::from(pair), ring_bytes)?;
-            let tx = peer.start(2 * pair + 1, half * (2 * usize::from(pair) + 1), ring_bytes)?;
+            let rx = peer.start_ring(2 * pair, 2 * half * usize::from(pair), ring_bytes)?;
+            let tx = peer.start_ring(2 * pair + 1, half * (2 * usize::from(pair) + 1), ring_bytes)?;
             peer.pairs.push(Pair { rx, tx });
         }
         for index in 0..2 * config.queue_pairs {
@@ -217,7 +226,7 @@ impl Peer {
         Ok(peer)
     }
 
-    fn start(&mut self, index: u16, at: usize, ring_bytes: usize) -> Result<Ring, FrontEndError> {
+    fn start_ring(&mut self, index: u16, at: usize, ring_bytes: usize) -> Result<Ring, FrontEndError> {
         let size = self.config.ring_size;
         let mut ring = DriverRing::new(&self.memory, at, size, self.front.features());
         ring.want_no_call();

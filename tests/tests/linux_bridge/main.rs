@@ -4,6 +4,8 @@
 
 mod kernel;
 
+use std::fs;
+use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -12,12 +14,14 @@ use e2e::deadline::wait_for_some;
 use e2e::exchange::exchange;
 use e2e::kill::killed_at_every_step;
 use e2e::osvif::envelope;
-use e2e::ovs::Host;
+use e2e::ovs::{Host, said};
 use e2e::peer::{Peer, PeerConfig};
 use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(30);
 const MAC: &str = "52:54:00:00:00:01";
+/// Exit code of the command line.
+const CONFLICT: i32 = 4;
 const INSTANCE: &str = "d7a730ca-3c28-49c3-8f26-4662b909fe8a";
 
 /// What os-vif hands to a plug-in.
@@ -145,6 +149,34 @@ fn the_bridge_of_a_vmms_tap_is_made_with_its_way_into_open_vswitch() -> Result<(
     unplug(&daemon, &card)?;
     unplug(&daemon, &hybrid_vif(&daemon, "vm2"))?;
     assert_eq!(ovs.state()?, before);
+    Ok(())
+}
+
+#[test]
+fn a_vif_in_a_file_is_served_by_the_socket_that_the_command_line_names() -> Result<()> {
+    let daemon = Daemon::start()?;
+    let before = daemon.host().state()?;
+    let sockets = ["listens", "dials"].map(|id| daemon.socket(id).display().to_string());
+    let files = sockets.each_ref().map(|socket| format!("{socket}.json"));
+    for (id, file) in ["listens", "dials"].iter().zip(&files) {
+        fs::write(file, bridge_vif(id, "brq1", &json!({}), None).to_string())?;
+    }
+    let listener = UnixListener::bind(&sockets[1])?;
+    let plug = |n: usize, role: &str| daemon.command(&["plug", "-f", &files[n], role, &sockets[n]]);
+    for (n, role) in [(0, "--listen"), (1, "--connect"), (0, "--listen")] {
+        let plugged = plug(n, role)?;
+        ensure!(plugged.status.success(), "{role}: {}", String::from_utf8_lossy(&plugged.stderr));
+    }
+    let mut dials = Peer::accept(&listener, PeerConfig::default())?;
+    dials.offer_all();
+    daemon.wait_for_forwarding(&["dials"])?;
+    exchange(&mut guest(&daemon, "listens")?, &mut dials)?;
+    let error = said(&plug(0, "--connect")?, CONFLICT)?;
+    ensure!(error.contains("plug listens exists and differs in socket.role"), "{error}");
+    for file in &files {
+        daemon.run(&["unplug", "-f", file])?;
+    }
+    assert_eq!(daemon.host().state()?, before);
     Ok(())
 }
 
