@@ -12,6 +12,7 @@ use anyhow::{Context, Result, ensure};
 use e2e::daemon::Daemon;
 use e2e::deadline::wait_for_some;
 use e2e::exchange::exchange;
+use e2e::inproc::count;
 use e2e::kill::killed_at_every_step;
 use e2e::osvif::envelope;
 use e2e::ovs::{Host, said};
@@ -455,12 +456,12 @@ fn another_mtu_than_the_plugs_is_a_condition_where_it_is_not_ours() -> Result<()
 }
 
 /// Four clients plug and unplug one id, so many times each, as it comes.
-fn race(daemon: &Daemon, spec: &Value, requests: u32, state: impl Fn() -> Result<String>) -> Result<()> {
-    const CLIENTS: u32 = 4;
+fn race(daemon: &Daemon, spec: &Value, requests: u64, state: impl Fn() -> Result<String>) -> Result<()> {
+    const CLIENTS: u64 = 4;
     let before = state()?;
     let body = json!({"spec": spec}).to_string();
     std::thread::scope(|scope| {
-        let client = |number: u32| {
+        let client = |number: u64| {
             let body = &body;
             move || {
                 (0..requests).try_for_each(|request| {
@@ -494,7 +495,7 @@ fn plugs_and_unplugs_of_one_id_that_race_leave_nothing_in_open_vswitch() -> Resu
     let socket = json!({"role": "listen", "path": daemon.socket("vm1")});
     let spec = json!({"socket": socket, "to": {"kind": "ovs", "bridge": "br0"}});
     // Each waits for ovs-vswitchd.
-    race(&daemon, &spec, 50, || ovs.state())
+    race(&daemon, &spec, count(50, 250), || ovs.state())
 }
 
 /// The spec that a VIF becomes.
