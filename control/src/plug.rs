@@ -242,9 +242,15 @@ impl Plugs {
         self.table.ids().len()
     }
 
-    /// Waits until a plug has come as far as `wanted`.
-    pub async fn wait(&self, id: &Name, wanted: Phase, timeout: Duration) -> Result<Plug, PlugError> {
-        let deadline = Instant::now() + timeout;
+    /// Waits until a plug has come as far as `wanted`, for so long since it was asked for: what it takes to make it counts.
+    pub async fn wait(
+        &self,
+        id: &Name,
+        wanted: Phase,
+        timeout: Duration,
+        asked: Instant,
+    ) -> Result<Plug, PlugError> {
+        let deadline = asked + timeout;
         let mut changes = self.events.subscribe();
         loop {
             let plug = self.show(id)?;

@@ -4,6 +4,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 use utoipa::ToSchema;
 
 use super::Shared;
@@ -88,10 +89,11 @@ pub(super) async fn ensure(
         return Ok((status_of(outcome), Json(plug)));
     }
     tracing::info!(plug = %id, uid = caller.uid, pid = caller.pid, "plug asked for");
+    let asked = Instant::now();
     let outcome = daemon.plugs.plug(id.clone(), spec).await?;
     let plug = match params.wait {
         None | Some(Phase::Pending | Phase::Attached) => daemon.plugs.show(&id)?,
-        Some(phase) => daemon.plugs.wait(&id, phase, timeout).await?,
+        Some(phase) => daemon.plugs.wait(&id, phase, timeout, asked).await?,
     };
     Ok((status_of(outcome), Json(plug)))
 }

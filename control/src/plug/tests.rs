@@ -43,6 +43,19 @@ fn interfaces() -> String {
     String::from_utf8(Command::new("ip").args(["-br", "link"]).output().unwrap().stdout).unwrap()
 }
 
+#[tokio::test]
+async fn what_it_takes_to_make_a_plug_counts_for_who_waits_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (plugs, id): (_, Name) = (plugs(dir.path()), "vm1".parse().unwrap());
+    let socket = json!({"role": "connect", "path": dir.path().join("nobody.sock")});
+    plugs.plug(id.clone(), serde_json::from_value(json!({"socket": socket})).unwrap()).await.unwrap();
+    let timeout = 2 * PATIENCE;
+    let asked = Instant::now().checked_sub(timeout).unwrap();
+    let waiting = plugs.wait(&id, Phase::Linked, timeout, asked);
+    let waited = tokio::time::timeout(PATIENCE, waiting).await.expect("its time is over");
+    assert!(matches!(waited, Err(PlugError::Waiting { .. })), "{waited:?}");
+}
+
 #[test]
 fn an_unplug_that_fails_half_way_finishes_by_itself() {
     if std::env::var_os(INSIDE).is_none() {
