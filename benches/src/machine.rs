@@ -15,8 +15,8 @@ pub struct Machine {
     pub huge_pages: bool,
 }
 
-/// Huge pages of 2 MiB that two DPDK programs, or one and light front ends, need together.
-const HUGE_PAGES: usize = 300;
+/// Huge pages of 2 MiB that three DPDK programs and light front ends need together.
+const HUGE_PAGES: usize = 450;
 
 impl Machine {
     /// This one, as it is now.

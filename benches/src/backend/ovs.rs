@@ -49,7 +49,8 @@ pub(super) fn add_flows(backend: &mut Backend) -> Result<()> {
 
 fn configuration(kind: Kind, shape: &Shape) -> Vec<String> {
     // Without --legacy-mem the switch adds --in-memory, which DPDK refuses together with --no-huge.
-    let memory = if shape.huge_pages { "--in-memory" } else { "--no-huge --legacy-mem" };
+    // Without a limit it takes all huge pages that there are, for buffers that it does not need.
+    let memory = if shape.huge_pages { "--in-memory --socket-limit=256" } else { "--no-huge --legacy-mem" };
     let mut words: Vec<String> =
         ["init", "--", "set", "Open_vSwitch", ".", "other_config:dpdk-init=true"].map(Into::into).into();
     words.extend([
