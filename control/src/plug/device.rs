@@ -327,7 +327,8 @@ impl Devices {
     }
 
     /// Has the network driver take a virtual function again, unless it has it and the interface's address is right: what the
-    /// physical function holds is not the interface's before. Nothing if the function is gone, or was nobody's.
+    /// physical function holds is not the interface's before. Then only what a daemon may have left that was killed meanwhile is
+    /// cleared away. Nothing if the function is gone, or was nobody's.
     async fn take_again_unless(
         &self,
         host: &HostNet,
@@ -338,13 +339,16 @@ impl Devices {
         let Some(now) = gone_is_none(self.pci(move |pci| pci.device(address.0)).await)? else {
             return Ok(());
         };
-        if let Some(name) = now.interfaces.first()
-            && host.link(name).await?.is_some_and(|link| is_right(&link.address))
-        {
-            return Ok(());
-        }
+        let is_right = match now.interfaces.first() {
+            Some(name) => host.link(name).await?.is_some_and(|link| is_right(&link.address)),
+            None => false,
+        };
         let binding = binding(found);
-        gone_is_none(self.pci(move |pci| pci.take_again(address.0, &binding)).await)?;
+        let taken = self.pci(move |pci| match is_right {
+            true => pci.restore(address.0, &binding),
+            false => pci.take_again(address.0, &binding),
+        });
+        gone_is_none(taken.await)?;
         Ok(())
     }
 
