@@ -166,7 +166,7 @@ fn an_igb_function_is_whole_or_as_it_was_after_a_kill_in_the_middle() -> Result<
     let Some((card, mut daemon)) = Card::take("")? else { return Ok(()) };
     let spec = behind_socket(&daemon, "vm1", "52:54:00:00:00:01", &card.functions[0], "ethernet");
     // An emulated guest takes its time for each.
-    killed_at_steps(&mut daemon, &spec, 5, || card.state())
+    killed_at_steps(&mut daemon, &spec, 3, || card.state())
 }
 
 #[test]
