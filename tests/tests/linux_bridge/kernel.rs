@@ -88,10 +88,12 @@ fn a_bond_is_an_uplink_like_any_other_and_keeps_its_ports() -> Result<()> {
     exchange(&mut near, &mut far)?;
     // Frames go by its other port now. The switch outside learns so by what the guest sends.
     let active = daemon.host().run("cat /sys/class/net/bond0/bonding/active_slave")?;
-    daemon.host().run(&format!("ip link set out{} down", active.trim().trim_start_matches("eth")))?;
+    let other_end = format!("ip link set out{}", active.trim().trim_start_matches("eth"));
+    daemon.host().run(&format!("{other_end} down"))?;
     exchange(&mut near, &mut far)?;
     daemon.kill_and_restart()?;
     exchange(&mut guest(&daemon, "vm1")?, &mut guest(&daemon, "far")?)?;
+    daemon.host().run(&format!("{other_end} up"))?;
     assert_eq!(daemon.host().state()?, plugged);
     unplug(&daemon, &vif)?;
     assert_eq!(daemon.host().state()?, before);
