@@ -64,10 +64,22 @@ impl Daemon {
     }
 
     fn rss_mib(&self) -> Result<f64> {
+        self.memory_mib("VmRSS:")
+    }
+
+    /// A line of its status (proc(5), /proc/pid/status), MiB.
+    fn memory_mib(&self, name: &str) -> Result<f64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
-        let kib: f64 = line.split_whitespace().next().context("VmRSS")?.parse()?;
+        let line =
+            status.lines().find_map(|line| line.strip_prefix(name)).with_context(|| name.to_owned())?;
+        let kib: f64 = line.split_whitespace().next().with_context(|| name.to_owned())?.parse()?;
         Ok(kib / 1024.0)
+    }
+
+    /// All of it, and how much of that are not pages of files: those of the program are as many as the page cache likes.
+    fn memory(&self) -> Result<String> {
+        let own = self.memory_mib("RssAnon:")? + self.memory_mib("RssShmem:")?;
+        Ok(format!("{:7.1} MiB, {own:.1} of its own", self.rss_mib()?))
     }
 }
 
@@ -82,7 +94,7 @@ fn main() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let (daemon, up) = Daemon::start(dir.path())?;
     println!("API answers after             {:7.1} ms", up.as_secs_f64() * 1e3);
-    println!("memory, no ports              {:7.1} MiB", daemon.rss_mib()?);
+    println!("memory, no ports              {}", daemon.memory()?);
     let begun = Instant::now();
     for n in 0..PORTS {
         let socket = dir.path().join(format!("{n}.sock"));
@@ -90,7 +102,7 @@ fn main() -> Result<()> {
         daemon.request("PUT", &format!("/v1/plugs/port{n}"), &body)?;
     }
     println!("{PORTS} ports plugged in           {:7.1} ms", begun.elapsed().as_secs_f64() * 1e3);
-    println!("memory, {PORTS} ports             {:7.1} MiB", daemon.rss_mib()?);
+    println!("memory, {PORTS} ports             {}", daemon.memory()?);
     drop(daemon);
     let (daemon, up) = Daemon::start(dir.path())?;
     println!("after kill -9: API answers    {:7.1} ms", up.as_secs_f64() * 1e3);
