@@ -230,11 +230,13 @@ pub struct EventStream {
 impl EventStream {
     /// Waits for an event of this kind whose text contains this.
     pub fn wait_for(&mut self, kind: &str, text: &str) -> Result<()> {
-        let kind = format!("\"kind\":\"{kind}\"");
+        let (kind, deadline) = (format!("\"kind\":\"{kind}\""), Instant::now() + READY_TIMEOUT);
         loop {
             let line = self.lines.next().context("the daemon's events ended")?;
-            let line =
-                line.with_context(|| format!("no {kind} with {text:?} in\n{}", self.seen.join("\n")))?;
+            let none = || format!("no {kind} with {text:?} in\n{}", self.seen.join("\n"));
+            let line = line.with_context(none)?;
+            // Comments say that there is nothing to tell: the socket's time-out alone would never come.
+            ensure!(Instant::now() < deadline, none());
             if line.starts_with("data: ") {
                 let is_it = line.contains(&kind) && line.contains(text);
                 self.seen.push(line);
