@@ -372,9 +372,9 @@ fn what_somebody_else_does_to_links_is_put_right_and_told() -> Result<()> {
         ("ip link del qbrh1", "interface qbrh1 is gone"),
         ("ip link del qvoh2", "interface qvbh2 is gone; interface qvoh2 is gone"),
         ("ip link set qbrh2 down", "qbrh2 is down"),
-        // One that we have open, and one that Open vSwitch has. If the second goes while the first is made anew, that attempt is
-        // told as failed, and the next one has only the second left to tell of.
-        ("ip link del taph2; ip link del qvoh2", "interface qvoh2 is gone"),
+        // One that we have open, and one that Open vSwitch has. Where the second goes while the first is put right, only one of
+        // them is told of: whichever is left for the attempt that succeeds.
+        ("ip link del taph2; ip link del qvoh2", "put right what somebody else had done"),
     ] {
         is_put_right(&daemon, action, told, || ovs.state())?;
         exchange(&mut h1, &mut h2)?;
