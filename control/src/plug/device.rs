@@ -1,7 +1,7 @@
 //! A plug's PCI device: found, given to the guest, and given back as it was found.
 //!
 //! ```text
-//! resolve   which device, what it is now, and whether the guest can have it    before anything is recorded
+//! resolve   which device, what it is now, and whether the guest can have it         before anything is recorded
 //! attach    address, VLAN or port profile → driver → representor's name → macvtap   each repeatable
 //! detach    the same backwards, to what the record says
 //! ```

@@ -74,8 +74,8 @@ impl HostNet {
     ///
     /// # Errors
     /// [`Error::Missing`] if there is no such device; [`Error::WrongKind`], [`Error::Foreign`], [`Error::OtherPlug`],
-    /// [`Error::OtherDevice`], [`Error::DeviceTaken`], [`Error::DeviceMtu`], [`Error::AddressHeld`], [`Error::Changed`]; names and numbers out of
-    /// range; what the kernel refuses. Nothing is left of a macvtap that was made in vain.
+    /// [`Error::OtherDevice`], [`Error::DeviceTaken`], [`Error::DeviceMtu`], [`Error::AddressHeld`], [`Error::Changed`]; names
+    /// and numbers out of range; what the kernel refuses. Nothing is left of a macvtap that was made in vain.
     pub async fn ensure_macvtap(&self, spec: &MacvtapSpec) -> Result<Tap, Error> {
         if !(1..=QUEUES_MAX).contains(&spec.queues) {
             return Err(Error::Queues { name: spec.name.clone(), queues: spec.queues });

@@ -437,8 +437,8 @@ impl<'m> Burst<'m> {
     }
 
     /// Writes header and frame, padded with zeros to the 60 bytes of a wire's shortest, to `fd` by one system call;
-    /// returns what the kernel took. A short frame, and a chain of more pieces than a call takes, are gathered into
-    /// `scratch` first.
+    /// returns what the kernel took. A frame of usual length, and a chain of more pieces than a call takes, are gathered
+    /// into `scratch` first.
     ///
     /// # Errors
     /// What the kernel says; `InvalidInput` if chain `index` is no frame.
